@@ -1,0 +1,1 @@
+"Plumbing that is not taught: command line, run folders, data files, report, ledger, exercise checker."

@@ -1,0 +1,286 @@
+"The loop: resuming after a kill at a random moment, damaged checkpoints, several processes, precisions, adapters."
+import json
+import os
+import random
+import signal
+import traceback
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import CONFIG, ROWS, TOKENIZER, flat, model
+from peft import LoraConfig, get_peft_model
+
+from llm_train_course import core
+from llm_train_course.core import (
+    CheckpointWarning,
+    NonFiniteLoss,
+    PackedBatches,
+    PaddedBatches,
+    ResumeError,
+    TrainConfig,
+    evaluate,
+    fit,
+    latest_checkpoint,
+    lm_loss,
+)
+
+DROPOUT = {"attention_dropout": 0.2}
+
+
+def reference(layout, config, **kw):
+    m = model(**kw)
+    fit(m, layout, config=config)
+    return m
+
+
+def _fit_and_die(run_dir, layout, config, moment):
+    "In a child process: count losses, files written, flushes and renames, and at the given count be killed, unasked."
+    left = [moment]
+
+    def counted(fn):
+        def call(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return fn(*args)
+        return call
+
+    for owner, name in ((core, "_write_tensors"), (core, "_sync"), (core.os, "rename")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    fit(model(**DROPOUT), layout, counted(lm_loss), config, run_dir=run_dir, resume=True)
+
+
+@pytest.mark.parametrize("layout", [PaddedBatches(ROWS, 2), PackedBatches(ROWS, 1, 48)], ids=["padded", "packed"])
+def test_kill_9_at_random_moments_then_resume_is_bit_equal(tmp_path, layout):
+    config = replace(CONFIG, max_steps=14, save_every=1, grad_accum_steps=2)
+    want = reference(layout, config, **DROPOUT)
+    rng, kills, exit_code = random.Random(0), 0, None
+    while exit_code != 0:
+        pid = os.fork()
+        if pid == 0:  # the child never comes back into pytest
+            try:
+                _fit_and_die(tmp_path, layout, config, rng.randint(1, 35))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        rng.random()  # another moment for the next child
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert exit_code in (0, -signal.SIGKILL)
+        kills += exit_code != 0
+        assert kills < 200
+    assert kills >= 5
+    got = model(**DROPOUT)
+    result = fit(got, layout, config=config, run_dir=tmp_path, resume=True)  # nothing left to do but to load
+    assert result.step == 14
+    assert torch.equal(flat(got), flat(want))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 15))
+
+
+def test_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(tmp_path):
+    config, layout = replace(CONFIG, save_every=2), PaddedBatches(ROWS, 2)
+    want = reference(layout, config)
+    fit(model(), layout, config=replace(config, max_steps=9), run_dir=tmp_path)
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest.name == "step_00000009"
+    path = newest / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    path.write_bytes(data)
+    got = model()
+    with pytest.warns(CheckpointWarning, match="step_00000009 is damaged .optimizer.safetensors: checksum differs"):
+        fit(got, layout, config=config, run_dir=tmp_path, resume=True)
+    assert torch.equal(flat(got), flat(want))
+
+
+def test_half_written_draft_is_ignored(tmp_path):
+    config, layout = replace(CONFIG, save_every=3), PaddedBatches(ROWS, 2)
+    want = reference(layout, config)
+    fit(model(), layout, config=config, run_dir=tmp_path)
+    (tmp_path / "checkpoints" / ".draft-step_00000010").mkdir()
+    got = model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CheckpointWarning)
+        fit(got, layout, config=config, run_dir=tmp_path, resume=True)
+    assert torch.equal(flat(got), flat(want))
+
+
+def test_bf16_run_resumes_bit_equal_and_keeps_the_dtype_of_the_weights(tmp_path):
+    config, layout = replace(CONFIG, precision="bf16", save_every=4), PaddedBatches(ROWS, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        run = tmp_path / str(dtype)
+        want = model(**DROPOUT).to(dtype)
+        fit(want, layout, config=config)
+        def bomb(m, batch):
+            if bomb.calls == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            bomb.calls += 1
+            return lm_loss(m, batch)
+        bomb.calls = 0
+        assert fit(model(**DROPOUT).to(dtype), layout, bomb, config, run_dir=run).interrupted
+        got = model(**DROPOUT).to(dtype)
+        fit(got, layout, config=config, run_dir=run, resume=True)
+        assert next(got.parameters()).dtype == dtype
+        assert torch.equal(flat(got), flat(want))
+
+
+def test_fp16_on_a_cpu_is_refused_by_name():
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        fit(model(), PaddedBatches(ROWS, 2), config=replace(CONFIG, precision="fp16"))
+
+
+@pytest.mark.cuda
+def test_fp16_with_a_scaler_trains_on_cuda():
+    m = model()
+    history = fit(m, PaddedBatches(ROWS, 2), config=replace(CONFIG, precision="fp16", cpu=False, max_steps=60)).history
+    assert history[-1]["loss"] < history[0]["loss"] / 2
+
+
+def adapted(seed=0):
+    torch.manual_seed(0)
+    return get_peft_model(model(seed), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def test_adapter_checkpoint_holds_the_adapter_only_and_names_a_foreign_base(tmp_path):
+    config, layout = replace(CONFIG, save_every=4), PaddedBatches(ROWS, 2)
+    want = adapted()
+    batch = layout.collate([0, 1, 2])
+    plain = want(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(lm_loss(want, batch) / batch["n_targets"], plain)
+    fit(want, layout, config=config)
+    fit(adapted(), layout, config=config, run_dir=tmp_path)
+    folder = latest_checkpoint(tmp_path / "checkpoints")
+    size = (folder / "weights.safetensors").stat().st_size
+    trained = sum(p.numel() * 4 for p in want.parameters() if p.requires_grad)
+    assert trained < size < 1.5 * trained + 10_000
+    with pytest.raises(ResumeError, match="other frozen weights"):
+        fit(adapted(seed=1), layout, config=config, run_dir=tmp_path, resume=True)
+    with pytest.raises(ResumeError, match="trains other tensors"):
+        fit(model(), layout, config=config, run_dir=tmp_path, resume=True)
+    got = adapted()
+    fit(got, layout, config=config, run_dir=tmp_path, resume=True)
+    assert torch.equal(flat(got), flat(want))
+
+
+def test_nan_in_the_gradient_stops_before_the_weights(tmp_path):
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("inf")
+
+    m, start = model(), flat(model())
+    with pytest.raises(NonFiniteLoss, match="gradient is not finite at step 0") as error:
+        fit(m, PaddedBatches(ROWS, 2), lambda m, b: Bad.apply(lm_loss(m, b)), CONFIG, run_dir=tmp_path)
+    assert Path(error.value.saved).exists()
+    assert torch.equal(flat(m), start)
+
+
+def test_rows_of_padding_only_change_nothing():
+    layout = PaddedBatches(ROWS, 3)
+    clean = layout.collate([0, 1, 2])
+    padded = {k: torch.cat([v, torch.zeros_like(v[:2]) + (-100 if k == "labels" else 0)]) if torch.is_tensor(v) else v
+              for k, v in clean.items()}
+    m = model()
+    results = []
+    for batch in (clean, padded):
+        m.zero_grad()
+        loss = lm_loss(m, batch)
+        loss.backward()
+        results.append((loss.detach(), *[p.grad.clone() for p in m.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    assert all(t.isfinite().all() for t in results[1])
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="no examples"):
+        PaddedBatches([], 2)
+    with pytest.raises(ValueError, match="example 0 has .* tokens, a row has 4"):
+        PackedBatches(ROWS, 2, 4)
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(model().requires_grad_(False), PaddedBatches(ROWS, 2), config=CONFIG)
+    with pytest.raises(ValueError, match="resume needs run_dir"):
+        fit(model(), PaddedBatches(ROWS, 2), config=CONFIG, resume=True)
+    with pytest.raises(ValueError, match="no target tokens"):
+        evaluate(model(), PaddedBatches([{"input_ids": [5, 6], "labels": [-100, -100]}], 1))
+
+
+def test_training_mode_and_hooks_are_put_back(tmp_path):
+    m = model().eval()
+    forward = m.forward
+    fit(m, PaddedBatches(ROWS, 2), config=replace(CONFIG, precision="bf16", max_steps=1))
+    assert not m.training and m.forward == forward
+    assert m(torch.tensor([[5, 6]])).logits.dtype == torch.float32  # no autocast stays behind
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_tracker_gets_what_metrics_jsonl_gets(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    history = fit(model(), PaddedBatches(ROWS, 2), config=replace(CONFIG, trackers=("tensorboard",)), run_dir=tmp_path).history
+    boards = [EventAccumulator(str(f)) for f in tmp_path.rglob("events.out.tfevents*")]
+    for board in boards:
+        board.Reload()
+    (board,) = [b for b in boards if "loss" in b.Tags()["scalars"]]
+    logged = [e.value for e in board.Scalars("loss")]
+    assert logged == pytest.approx([r["loss"] for r in history], rel=1e-6)
+
+
+def _worker(rank, world, port, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    layout = PaddedBatches(ROWS, 1)  # nine micro-batches over two ranks: the last global batch leaves a rank idle
+    m = model()
+    result = fit(m, layout, config=replace(CONFIG, grad_accum_steps=2))
+    torch.save({"weights": flat(m), "loss": [r["loss"] for r in result.history]}, f"{folder}/plain-{rank}.pt")
+
+    dropped = replace(CONFIG, save_every=4, seed=3)
+    whole = model(**DROPOUT)
+    fit(whole, layout, config=dropped)
+
+    def stop(m, batch):  # only rank 1 gets the signal: both must stop at the same step
+        if rank == 1 and stop.calls == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.calls += 1
+        return lm_loss(m, batch)
+    stop.calls = 0
+    first = fit(model(**DROPOUT), layout, stop, dropped, run_dir=f"{folder}/run")
+    again = model(**DROPOUT)
+    second = fit(again, layout, config=dropped, run_dir=f"{folder}/run", resume=True)
+    torch.save({"equal": torch.equal(flat(whole), flat(again)), "first": (first.interrupted, first.step), "second": second.step},
+               f"{folder}/resumed-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    "DDP on gloo: 2 ranks x 2 micro-batches equal 1 rank x 4, an idle rank included; stop and resume are exact there too."
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_worker, (2, port, str(tmp_path)), nprocs=2)
+    want = model()
+    history = fit(want, PaddedBatches(ROWS, 1), config=replace(CONFIG, grad_accum_steps=4)).history
+    for rank in (0, 1):
+        got = torch.load(tmp_path / f"plain-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(got["weights"], flat(want), rtol=0, atol=2e-6)
+        assert got["loss"] == pytest.approx([r["loss"] for r in history], rel=1e-5)
+        resumed = torch.load(tmp_path / f"resumed-{rank}.pt", weights_only=True)
+        assert resumed == {"equal": True, "first": (True, 6), "second": 9}
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+def test_config_is_frozen_and_hashable_fields_survive_json():
+    config = TrainConfig(betas=(0.8, 0.9), trackers=("tensorboard",))
+    with pytest.raises(Exception, match="cannot assign"):
+        config.seed = 1
+    assert TOKENIZER.pad_token_id == 0
