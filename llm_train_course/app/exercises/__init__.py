@@ -1,0 +1,1 @@
+"Exercises by chapter: statement, stub, solution and properties. Importing a module registers its exercises."
