@@ -10,7 +10,7 @@ __all__ = ['PAD', 'EOS', 'ROLES', 'CHAT_TEMPLATE', 'IGNORE', 'SMOLLM2', 'seed_ev
            'latest_checkpoint', 'NonFiniteLoss', 'FitResult', 'tempfile_dir', 'total_steps', 'evaluate', 'fit',
            'generate', 'cache_dir', 'load_model']
 
-# %% ../nbs/00_core.ipynb #8fe9d299
+# %% ../nbs/00_core.ipynb #b11f8fc7
 import hashlib
 import json
 import math
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/00_core.ipynb #deb38773
+# %% ../nbs/00_core.ipynb #2c4708f4
 def seed_everything(
     seed: int,  # any non-negative integer below 2**32
 ) -> None:
@@ -42,7 +42,7 @@ def seed_everything(
     np.random.seed(seed)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #99a7c44f
+# %% ../nbs/00_core.ipynb #88929d33
 PAD, EOS = "<|pad|>", "<|eos|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 CHAT_TEMPLATE = (
@@ -74,7 +74,7 @@ def train_tokenizer(
         tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, padding_side="right", chat_template=CHAT_TEMPLATE,
         additional_special_tokens=list(ROLES.values()), clean_up_tokenization_spaces=False)
 
-# %% ../nbs/00_core.ipynb #0833691e
+# %% ../nbs/00_core.ipynb #8dfbe067
 def tiny_llama(
     vocab_size: int,                     # V
     hidden_size: int = 128,              # width of the residual stream
@@ -109,7 +109,7 @@ def count_parameters(
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
-# %% ../nbs/00_core.ipynb #54b9bdd6
+# %% ../nbs/00_core.ipynb #c08f8f02
 IGNORE = -100  # the label that cross_entropy of torch, and every trainer, leaves out
 
 
@@ -123,66 +123,77 @@ def token_logps(
     logps = logits[:, :-1].float().log_softmax(-1)
     return logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1) * mask
 
-# %% ../nbs/00_core.ipynb #4554fa55
-def _grad_logits(logits, lse, targets):
-    "d log p[target] / d logits, rows of @eq-core-dlogits; overwrites `logits`."
-    grad = logits.sub_(lse.unsqueeze(-1)).exp_().neg_()
-    grad[torch.arange(len(targets), device=targets.device), targets] += 1
-    return grad
+# %% ../nbs/00_core.ipynb #9657b175
+def _minus_grad_logits(logps, targets):
+    "Minus d log p[target] / d logits, the rows of @eq-core-dlogits; overwrites `logps` (N, V)."
+    probs = logps.exp_()
+    probs[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return probs
 
 
 class _LinearLogps(torch.autograd.Function):
     "log softmax(hidden @ weight.T)[target], never holding more than `chunk` rows of logits."
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
+    def forward(ctx, hidden, weight, targets, chunk, uniform, will_backward):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
-        # In float16 a probability under 6e-8 would vanish before the incoming scale could save it: recompute there.
-        ctx.frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] and dtype != torch.float16
-        lse, logps = (torch.empty(len(h), device=h.device) for _ in range(2))
-        unit = torch.empty_like(h) if ctx.frozen else None
+        need_h, need_w = ctx.needs_input_grad[:2]
+        # Gradients for an incoming 1, made here and scaled later. Not in float16: a probability under 6e-8 would vanish
+        # before the loss scale could save it.
+        ctx.now = will_backward and (uniform or not need_w) and dtype != torch.float16
+        picked = torch.empty(len(h), device=h.device)
+        dh = torch.empty_like(h) if ctx.now and need_h else None
+        dw = torch.zeros(w.shape, device=w.device) if ctx.now and need_w else None
         for s in range(0, len(h), chunk):
             rows = slice(s, s + chunk)
-            logits = (h[rows] @ w.T).float()
-            lse[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - lse[rows]
-            if ctx.frozen:
-                unit[rows] = _grad_logits(logits, lse[rows], targets[rows]).to(dtype) @ w
+            logps = (h[rows] @ w.T).float().log_softmax(-1)
+            picked[rows] = logps.gather(-1, targets[rows, None]).squeeze(-1)
+            if ctx.now:
+                _project_back(_minus_grad_logits(logps, targets[rows]).to(dtype), h, w, rows, dh, dw)
         ctx.chunk, ctx.dtypes = chunk, (hidden.dtype, weight.dtype)
-        ctx.save_for_backward(*((unit,) if ctx.frozen else (h, w, targets, lse)))
-        return logps
+        ctx.save_for_backward(*((dh, dw) if ctx.now else (h, w, targets)))
+        return picked
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.frozen:
-            (unit,) = ctx.saved_tensors
-            return (grad.unsqueeze(-1) * unit).to(ctx.dtypes[0]), None, None, None
-        h, w, targets, lse = ctx.saved_tensors
-        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros(w.shape, device=w.device) if ctx.needs_input_grad[1] else None  # float32 sum over chunks
-        for s in range(0, len(h), ctx.chunk):
-            rows = slice(s, s + ctx.chunk)
-            dz = _grad_logits((h[rows] @ w.T).float(), lse[rows], targets[rows])
-            dz = (dz * grad[rows, None]).to(h.dtype)
-            if dh is not None:
-                dh[rows] = dz @ w
-            if dw is not None:
-                dw += dz.T @ h[rows]
-        return (None if dh is None else dh.to(ctx.dtypes[0])), (None if dw is None else dw.to(ctx.dtypes[1])), None, None
+        if ctx.now:
+            dh, dw = ctx.saved_tensors
+            dh = None if dh is None else dh * -grad.unsqueeze(-1)
+            dw = None if dw is None else dw * -grad[:1].sum()  # uniform: every row has the same
+        else:
+            h, w, targets = ctx.saved_tensors
+            need_h, need_w = ctx.needs_input_grad[:2]
+            dh = torch.empty_like(h) if need_h else None
+            dw = torch.zeros(w.shape, device=w.device) if need_w else None  # float32 sum over chunks
+            for s in range(0, len(h), ctx.chunk):
+                rows = slice(s, s + ctx.chunk)
+                dz = _minus_grad_logits((h[rows] @ w.T).float().log_softmax(-1), targets[rows])
+                _project_back(dz.mul_(-grad[rows, None]).to(h.dtype), h, w, rows, dh, dw)
+        cast = lambda t, dtype: None if t is None else t.to(dtype)
+        return cast(dh, ctx.dtypes[0]), cast(dw, ctx.dtypes[1]), None, None, None, None
+
+
+def _project_back(dz, h, w, rows, dh, dw):
+    "Gradients of a chunk of logits through hidden @ weight.T, into dh and dw where they are wanted."
+    if dh is not None:
+        dh[rows] = dz @ w
+    if dw is not None:
+        dw += dz.T @ h[rows]
 
 
 def linear_logps(
-    hidden: Tensor,    # (N, H) hidden states
-    weight: Tensor,    # (V, H) output matrix
-    targets: Tensor,   # (N,) token ids
-    chunk: int = 1024,  # rows of logits alive at once
-) -> Tensor:           # (N,) nats, float32
+    hidden: Tensor,       # (N, H) hidden states
+    weight: Tensor,       # (V, H) output matrix
+    targets: Tensor,      # (N,) token ids
+    chunk: int = 1024,    # rows of logits alive at once
+    uniform: bool = False,  # the caller only sums the result: every row gets the same gradient, nothing is recomputed
+) -> Tensor:              # (N,) nats, float32
     "Log-probability of `targets` under softmax(hidden @ weight.T), in chunk * V memory instead of N * V."
-    return _LinearLogps.apply(hidden, weight, targets, chunk)
+    return _LinearLogps.apply(hidden, weight, targets, chunk, uniform, torch.is_grad_enabled())
 
-# %% ../nbs/00_core.ipynb #852e22a3
+# %% ../nbs/00_core.ipynb #8823406c
 _HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")
 
 
@@ -199,6 +210,7 @@ def target_logps(
     model,              # a transformers or peft causal language model
     batch: dict,        # input_ids, labels (B, T); attention_mask and position_ids where the layout gives them
     chunk: int = 1024,  # rows of logits alive at once
+    uniform: bool = False,  # see `linear_logps`
 ) -> Tensor:            # (number of targets,) nats, row by row
     "Log-probabilities of the targets only; logits of other positions never exist."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -209,7 +221,7 @@ def target_logps(
     if weight is None:
         return token_logps(base(**inputs, use_cache=False).logits, batch["labels"])[mask]
     hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return linear_logps(hidden[:, :-1][mask], weight, batch["labels"][:, 1:][mask], chunk)
+    return linear_logps(hidden[:, :-1][mask], weight, batch["labels"][:, 1:][mask], chunk, uniform)
 
 
 def lm_loss(
@@ -217,9 +229,9 @@ def lm_loss(
     batch: dict,  # as for target_logps
 ) -> Tensor:      # () nats, *summed* over the targets: the loop divides by their number in the global batch
     "Next-token cross-entropy, summed."
-    return -target_logps(model, batch).sum()
+    return -target_logps(model, batch, uniform=True).sum()
 
-# %% ../nbs/00_core.ipynb #10ddad7f
+# %% ../nbs/00_core.ipynb #7b505842
 def _example(ids, targets, max_length):
     labels = [i if keep else IGNORE for i, keep in zip(ids, targets)]
     return {"input_ids": list(ids[:max_length]), "labels": labels[:max_length]}
@@ -286,7 +298,7 @@ def encode_prompt_completion(
     ids = [*ids, tokenizer.eos_token_id]
     return _example(ids, [t >= len(head) for t in range(len(ids))], max_length)
 
-# %% ../nbs/00_core.ipynb #3f2a0b4a
+# %% ../nbs/00_core.ipynb #bd6bbe21
 def _check_examples(examples, max_length=None):
     if not len(examples):
         raise ValueError("no examples")
@@ -350,7 +362,7 @@ class PaddedBatches:
         return {"input_ids": ids, "labels": labels, "attention_mask": mask,
                 "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "n_targets": _count_targets(labels)}
 
-# %% ../nbs/00_core.ipynb #2051be5b
+# %% ../nbs/00_core.ipynb #e61946a8
 class PackedBatches:
     "Several documents a row, kept apart by block-diagonal attention."
 
@@ -407,7 +419,7 @@ class PackedBatches:
                  (("input_ids", ids), ("labels", labels), ("position_ids", positions))}
         return {**batch, "n_targets": _count_targets(batch["labels"])}
 
-# %% ../nbs/00_core.ipynb #424e8f12
+# %% ../nbs/00_core.ipynb #b6833585
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run is made of, apart from model, data and loss."
@@ -446,7 +458,7 @@ class TrainConfig:
         for name in ("epochs", "max_steps", "grad_accum_steps", "log_every", "eval_every", "save_every", "keep_checkpoints"):
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
 
-# %% ../nbs/00_core.ipynb #59ca7071
+# %% ../nbs/00_core.ipynb #3e11bc0b
 def learning_rate_at(
     step: int,          # optimizer steps already taken
     total_steps: int,
@@ -459,7 +471,7 @@ def learning_rate_at(
     left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
-# %% ../nbs/00_core.ipynb #2bafce6a
+# %% ../nbs/00_core.ipynb #9cc44842
 def adamw(
     model: nn.Module,
     config: TrainConfig,
@@ -474,7 +486,7 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas,
                              eps=config.eps, fused=fused)
 
-# %% ../nbs/00_core.ipynb #9f3e33a3
+# %% ../nbs/00_core.ipynb #9782fee4
 class CheckpointWarning(UserWarning):
     "A checkpoint was passed over."
 
@@ -552,7 +564,7 @@ def latest_checkpoint(
         raise ResumeError(f"every checkpoint under {root} is damaged")
     return None
 
-# %% ../nbs/00_core.ipynb #795e1a83
+# %% ../nbs/00_core.ipynb #c9b7e0de
 class NonFiniteLoss(RuntimeError):
     "The loss or the gradient became NaN or infinite; `step` and `saved` (the offending batch) say where to look."
 
@@ -607,7 +619,7 @@ def _my_batches(batches, window, rank, world_size):
 def _to(batch, device):
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-# %% ../nbs/00_core.ipynb #c9c10f80
+# %% ../nbs/00_core.ipynb #e3f8ded1
 def _add_gradients(accelerator, objective, micro_batches, n_targets, progress, stop):
     "Backward through one global batch, each term divided by `n_targets`. False: told to stop in between."
     world = accelerator.num_processes
@@ -660,7 +672,7 @@ def _refuse_nonfinite(accelerator, micro_batches, progress, run_dir, what):
         f"step before; batch saved in {path}. Usual causes: a learning rate too high, a bad row, fp16 overflow.",
         progress.step, path)
 
-# %% ../nbs/00_core.ipynb #b8a64bf8
+# %% ../nbs/00_core.ipynb #3d921880
 def _trained_tensors(model):
     tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
@@ -699,7 +711,7 @@ def _read_tensors(path):
     from safetensors.torch import load_file
     return load_file(path)
 
-# %% ../nbs/00_core.ipynb #d5572f29
+# %% ../nbs/00_core.ipynb #1e0eee8f
 def _save(accelerator, model, optimizer, progress, config, identity, root):
     "Write a checkpoint of the run as it stands, also in the middle of a global batch."
     name = f"step_{progress.step:08d}" + (f"_micro_{progress.micro:04d}" if progress.micro else "")
@@ -759,7 +771,7 @@ def _restore(accelerator, model, optimizer, identity, folder):
     losses = [{k: torch.tensor(v) for k, v in sums.items()} for sums in ranks["losses"]]
     return _Progress(**{**meta["progress"], "losses": losses})
 
-# %% ../nbs/00_core.ipynb #f4157acd
+# %% ../nbs/00_core.ipynb #0d7d0a08
 @contextmanager
 def _stop_on_signal(active):
     "A function that says whether SIGINT or SIGTERM came. The second SIGINT interrupts at once, as usual."
@@ -826,7 +838,7 @@ def total_steps(
     size = config.grad_accum_steps * world_size
     return sum(math.ceil(len(batches.plan(epoch)) / size) for epoch in range(config.epochs))
 
-# %% ../nbs/00_core.ipynb #9d97b838
+# %% ../nbs/00_core.ipynb #91583952
 class _Metrics:
     "metrics.jsonl, the trackers, the bar and the training mode. After a resume, rows of steps to be done again are dropped."
 
@@ -890,7 +902,7 @@ def evaluate(
         raise ValueError("nothing to evaluate: no target tokens")
     return {**{k: v / n for k, v in sums.items()}, "n_targets": n}
 
-# %% ../nbs/00_core.ipynb #f6515f4e
+# %% ../nbs/00_core.ipynb #33276d12
 def _optimizer_step(accelerator, objective, optimizer, micro_batches, p, config, total, run_dir):
     "Check, clip, step. Returns the sums of this global batch over all ranks, the norm before clipping and the rate."
     names = list(p.losses[0])
@@ -936,7 +948,7 @@ def _prepare_folder(run_dir, resume, is_main):
         Path(run_dir).mkdir(parents=True, exist_ok=True)
     return root
 
-# %% ../nbs/00_core.ipynb #8ac541ea
+# %% ../nbs/00_core.ipynb #a3ce44e4
 def fit(
     model,                                # a transformers or peft model; trained in place
     batches,                              # a layout: plan(epoch) and collate(item)
@@ -981,7 +993,7 @@ def fit(
             metrics.step(p.step)
     return result
 
-# %% ../nbs/00_core.ipynb #98cc5abf
+# %% ../nbs/00_core.ipynb #5cb07073
 @torch.no_grad()
 def generate(
     model,
@@ -1016,12 +1028,12 @@ def generate(
     model.train(training)
     return answers
 
-# %% ../nbs/00_core.ipynb #5e935de4
+# %% ../nbs/00_core.ipynb #6bd534bd
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def cache_dir() -> Path:
-    "Where converted models are kept: $LLM_TRAIN_COURSE_CACHE, else ~/.cache/llm_train_course."
+    "Where converted models are kept: the folder that `LLM_TRAIN_COURSE_CACHE` names, else `.cache/llm_train_course` at home."
     return Path(os.environ.get("LLM_TRAIN_COURSE_CACHE") or Path.home() / ".cache" / "llm_train_course")
 
 

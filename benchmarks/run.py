@@ -1,0 +1,119 @@
+"""Side-by-side timings against the libraries the course explains. `make bench` runs all, and writes benchmarks/results/.
+
+Both sides train the same model on the same rows for the same number of rows, in one process, in turns (A B A B ...), after
+a warm-up of each. Ratios are reported, with the smallest and the largest of the repetitions; seconds are not kept.
+"""
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def alternate(ours, theirs, repeat: int) -> dict:
+    "Ratio theirs / ours of seconds, over `repeat` interleaved pairs after one warm-up of each."
+    ours(), theirs()
+    pairs = []
+    for _ in range(repeat):
+        seconds = []
+        for side in (ours, theirs):
+            gc.collect()
+            start = time.perf_counter()
+            side()
+            seconds.append(time.perf_counter() - start)
+        pairs.append(seconds[1] / seconds[0])
+    return {"speedup_median": round(statistics.median(pairs), 2), "speedup_min": round(min(pairs), 2),
+            "speedup_max": round(max(pairs), 2), "pairs": repeat}
+
+
+def trl_trainer(model, tokenizer, rows, batch_size, folder, **config):
+    "TRL's SFTTrainer on conversations, with what it needs to run in float32 on a CPU."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        output_dir=folder, per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=1e-3,
+        bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=10**6,
+        disable_tqdm=True, assistant_only_loss=False, max_length=512, **config)
+    return SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def sft_tiny(repeat, folder):
+    "A 0.46 M-parameter Llama, one epoch over the small world's instruction rows."
+    from llm_train_course.core import PackedBatches, PaddedBatches, TrainConfig, encode_text, fit, tiny_llama
+    from llm_train_course.stages import World
+
+    world = World(seed=0)
+    rows = [{"text": world.tokenizer.apply_chat_template(r["messages"], tokenize=False)} for r in world.sft_examples()]
+    start = tiny_llama(len(world.tokenizer))
+    examples = [encode_text(world.tokenizer, r["text"].removesuffix(world.tokenizer.eos_token)) for r in rows]
+    config = TrainConfig(learning_rate=1e-3, progress=False, cpu=True, log_every=10**6)
+    layouts = {"padded": PaddedBatches(examples, 16), "packed": PackedBatches(examples, 4, 128)}
+    out = {}
+    for name, layout in layouts.items():
+        def theirs(packing=name == "packed"):
+            extra = {"packing": True, "max_length": 128} if packing else {}
+            trainer = trl_trainer(copy.deepcopy(start), world.tokenizer, rows, 4 if packing else 16, folder, **extra)
+            return trainer.train
+        runs = [theirs() for _ in range(repeat + 1)]  # the trainer's own preparation of the data is not timed
+        out[f"sft tiny, {name}"] = alternate(lambda: fit(copy.deepcopy(start), layout, config=config), lambda: runs.pop()(), repeat)
+    return out
+
+
+def loss_large_vocabulary(repeat, folder):
+    "Loss and gradients of 1,024 targets, hidden size 576, vocabulary 49,152 (SmolLM2's output layer)."
+    from llm_train_course.core import linear_logps
+
+    # small weights, as in a model: with large ones, denormal probabilities slow both sides twentyfold
+    hidden, weight = torch.randn(1024, 576, requires_grad=True), (0.05 * torch.randn(49_152, 576)).requires_grad_()
+    targets = torch.randint(0, 49_152, (1024,))
+
+    def plain(rows):
+        def run():
+            torch.nn.functional.cross_entropy(rows @ weight.T, targets, reduction="sum").backward()
+        return run
+
+    def ours(h, w):
+        return lambda: (-linear_logps(h, w, targets)).sum().backward()
+
+    frozen = weight.detach()
+    return {"loss, 49k vocabulary, trained output matrix": alternate(ours(hidden, weight), plain(hidden), repeat),
+            "loss, 49k vocabulary, frozen output matrix": alternate(
+                ours(hidden, frozen),
+                lambda: torch.nn.functional.cross_entropy(hidden @ frozen.T, targets, reduction="sum").backward(), repeat)}
+
+
+BENCHES = {f.__name__: f for f in (loss_large_vocabulary, sft_tiny)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(BENCHES), help=f"of {', '.join(BENCHES)}")
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    import tempfile
+
+    import trl
+    RESULTS.mkdir(exist_ok=True)
+    for name in args.names:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = BENCHES[name](args.repeat, folder)
+        report = {"what": BENCHES[name].__doc__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+                  "machine": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
+                  "trl": trl.__version__, "results": rows}
+        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        for what, row in rows.items():
+            print(f"{what:50s} ours is {row['speedup_median']:.2f} times as fast ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})")
+
+
+if __name__ == "__main__":
+    main()
