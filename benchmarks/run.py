@@ -43,14 +43,15 @@ def trl_trainer(model, tokenizer, rows, batch_size, folder, **config):
     args = SFTConfig(
         output_dir=folder, per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=1e-3,
         bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=10**6,
-        disable_tqdm=True, assistant_only_loss=False, max_length=512, **config)
+        disable_tqdm=True, **{"max_length": 512, **config})
     return SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 def sft_tiny(repeat, folder):
     "A 0.46 M-parameter Llama, one epoch over the small world's instruction rows."
-    from llm_train_course.core import PackedBatches, PaddedBatches, TrainConfig, encode_text, fit, tiny_llama
     from llm_train_course.stages import World
+
+    from llm_train_course.core import PackedBatches, PaddedBatches, TrainConfig, encode_text, tiny_llama
 
     world = World(seed=0)
     rows = [{"text": world.tokenizer.apply_chat_template(r["messages"], tokenize=False)} for r in world.sft_examples()]
@@ -58,15 +59,17 @@ def sft_tiny(repeat, folder):
     examples = [encode_text(world.tokenizer, r["text"].removesuffix(world.tokenizer.eos_token)) for r in rows]
     config = TrainConfig(learning_rate=1e-3, progress=False, cpu=True, log_every=10**6)
     layouts = {"padded": PaddedBatches(examples, 16), "packed": PackedBatches(examples, 4, 128)}
-    out = {}
-    for name, layout in layouts.items():
-        def theirs(packing=name == "packed"):
-            extra = {"packing": True, "max_length": 128} if packing else {}
-            trainer = trl_trainer(copy.deepcopy(start), world.tokenizer, rows, 4 if packing else 16, folder, **extra)
-            return trainer.train
-        runs = [theirs() for _ in range(repeat + 1)]  # the trainer's own preparation of the data is not timed
-        out[f"sft tiny, {name}"] = alternate(lambda: fit(copy.deepcopy(start), layout, config=config), lambda: runs.pop()(), repeat)
-    return out
+    return {f"sft tiny, {name}": _fit_against_trl(start, layout, config, world.tokenizer, rows, repeat, folder, extra)
+            for (name, layout), extra in zip(layouts.items(), ({}, {"packing": True, "max_length": 128}))}
+
+
+def _fit_against_trl(start, layout, config, tokenizer, rows, repeat, folder, extra):
+    from llm_train_course.core import fit
+
+    # the trainer prepares its data when it is made: that is not timed
+    runs = [trl_trainer(copy.deepcopy(start), tokenizer, rows, layout.micro_batch_size, folder, **extra).train
+            for _ in range(repeat + 1)]
+    return alternate(lambda: fit(copy.deepcopy(start), layout, config=config), lambda: runs.pop()(), repeat)
 
 
 def loss_large_vocabulary(repeat, folder):

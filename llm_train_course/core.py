@@ -190,7 +190,7 @@ def linear_logps(
     chunk: int = 1024,    # rows of logits alive at once
     uniform: bool = False,  # the caller only sums the result: every row gets the same gradient, nothing is recomputed
 ) -> Tensor:              # (N,) nats, float32
-    "Log-probability of `targets` under softmax(hidden @ weight.T), in chunk * V memory instead of N * V."
+    "Log-probability of `targets` under `softmax(hidden @ weight.T)`; holds `chunk` rows of logits instead of all N."
     return _LinearLogps.apply(hidden, weight, targets, chunk, uniform, torch.is_grad_enabled())
 
 # %% ../nbs/00_core.ipynb #8823406c
