@@ -7,8 +7,8 @@ __all__ = ['PAD', 'EOS', 'ROLES', 'CHAT_TEMPLATE', 'IGNORE', 'SMOLLM2', 'seed_ev
            'count_parameters', 'token_logps', 'linear_logps', 'target_logps', 'lm_loss', 'encode_text',
            'encode_messages', 'encode_prompt_completion', 'PaddedBatches', 'PackedBatches', 'TrainConfig',
            'learning_rate_at', 'adamw', 'CheckpointWarning', 'ResumeError', 'seal_checkpoint', 'checkpoint_faults',
-           'latest_checkpoint', 'NonFiniteLoss', 'FitResult', 'tempfile_dir', 'total_steps', 'evaluate', 'fit',
-           'generate', 'cache_dir', 'load_model']
+           'latest_checkpoint', 'NonFiniteLoss', 'FitResult', 'total_steps', 'evaluate', 'fit', 'generate', 'cache_dir',
+           'load_model']
 
 # %% ../nbs/00_core.ipynb #b11f8fc7
 import hashlib
@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -645,32 +646,26 @@ def _all_sum(accelerator, values):
     return accelerator.reduce(t, "sum").tolist() if accelerator.num_processes > 1 else t.tolist()
 
 
-def _save_batch(batch, run_dir, step, rank):
+def _save_batches(batches, run_dir, step, rank):
+    "Tensors of some micro-batches, by number, for a look at them later."
     from safetensors.torch import save_file
-    folder = Path(run_dir) if run_dir else Path(tempfile_dir())
-    path = folder / f"nonfinite_step_{step:08d}_rank_{rank}.safetensors"
-    save_file({k: v.contiguous().cpu() for k, v in batch.items() if isinstance(v, Tensor)}, path)
+
+    path = Path(run_dir or tempfile.gettempdir()) / f"nonfinite_step_{step:08d}_rank_{rank}.safetensors"
+    save_file({f"{m}.{k}": v.contiguous().cpu() for m, batch in batches.items() for k, v in batch.items()
+               if isinstance(v, Tensor)}, path)
     return path
 
 
-def tempfile_dir() -> str:
-    "The system's folder for temporary files."
-    import tempfile
-    return tempfile.gettempdir()
-
-
 def _refuse_nonfinite(accelerator, micro_batches, progress, run_dir, what):
-    "Name the first bad micro-batch, save it, and stop before the optimizer has moved."
+    "Name the bad micro-batches, save them, and stop before the optimizer has moved."
     bad = [m for m, sums in enumerate(progress.losses) if not math.isfinite(float(sums["loss"]))]
-    path = None
-    if bad or what == "gradient":
-        m = bad[0] if bad else 0
-        path = _save_batch(micro_batches[m], run_dir, progress.step, accelerator.process_index)
-    where = f"micro-batch {bad[0]}" if bad else "another rank's batch or the backward pass"
+    if what == "gradient":  # the losses were finite: any of them may have done it
+        bad = list(range(len(micro_batches)))
+    path = _save_batches({m: micro_batches[m] for m in bad}, run_dir, progress.step, accelerator.process_index) if bad else None
+    where = f"micro-batch {', '.join(map(str, bad))}, saved in {path}" if bad else "on another rank"
     raise NonFiniteLoss(
         f"{what} is not finite at step {progress.step} (epoch {progress.epoch}, {where}); the weights are those of the "
-        f"step before; batch saved in {path}. Usual causes: a learning rate too high, a bad row, fp16 overflow.",
-        progress.step, path)
+        "step before. Usual causes: a learning rate too high, a bad row, fp16 overflow.", progress.step, path)
 
 # %% ../nbs/00_core.ipynb #3d921880
 def _trained_tensors(model):
@@ -822,7 +817,7 @@ def _identity(batches, config, world_size):
     data = hashlib.sha256()
     for e in getattr(batches, "examples", ()):
         for key in sorted(e):
-            data.update(repr(e[key]).encode())
+            data.update(np.asarray(e[key]).tobytes())
     return json.loads(json.dumps({**fields, "batches": type(batches).__name__, **layout, "data": data.hexdigest(),
                                   "world_size": world_size}))
 
@@ -851,7 +846,9 @@ class _Metrics:
             path = result.run_dir / "metrics.jsonl"
             old = path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []
             rows = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
+            draft = path.with_suffix(".draft")
+            draft.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
+            os.replace(draft, path)
             self.file = path.open("a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=start, disable=not (config.progress and main), unit="step", dynamic_ncols=True)
 
@@ -965,7 +962,7 @@ def fit(
     root = _prepare_folder(run_dir, resume, accelerator.is_main_process)
     seed_everything(config.seed + rank)  # ranks draw different dropout
     objective, optimizer = accelerator.prepare(_Objective(model, loss), adamw(model, config))
-    identity, total = _identity(batches, config, world), total_steps(batches, config, world)
+    identity, total = _identity(batches, config, world) if root else {}, total_steps(batches, config, world)
     found = latest_checkpoint(root) if resume else None
     p = _restore(accelerator, model, optimizer, identity, found) if found else _Progress()
     due = lambda every: every is not None and (p.step % every == 0 or p.step == total)
