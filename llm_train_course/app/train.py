@@ -1,0 +1,589 @@
+"""The commands that train: recipes, what each command prepares, and the one way every run is carried out.
+
+A new command is a dataclass of its fields and one function from the recipe to a `Job`, registered with `@training`.
+"""
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llm_train_course.app import runs
+from llm_train_course.app.data import DataError, Rows, encode_rows, read_rows
+from llm_train_course.app.runs import UserError
+from llm_train_course.core import (
+    PackedBatches,
+    PaddedBatches,
+    TrainConfig,
+    count_parameters,
+    evaluate,
+    fit,
+    generate,
+    lm_loss,
+    seed_everything,
+    tiny_llama,
+    total_steps,
+    train_tokenizer,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recipes: the comment behind a field is its help text
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class WorldSpec:
+    "The small world of chapter 1."
+    seed: int = 0           # of names and facts
+    n_entities: int = 100   # people
+    n_attributes: int = 6   # facts about each
+    n_paraphrases: int = 5  # ways a fact is written
+
+
+@dataclass(frozen=True)
+class Shape:
+    "A small Llama that starts from random weights."
+    hidden_size: int = 128                # width of the residual stream
+    n_layers: int = 2                     # blocks
+    n_heads: int = 4                      # attention heads; divides hidden_size
+    n_kv_heads: int | None = None         # fewer than n_heads: grouped-query attention
+    intermediate_size: int | None = None  # width of the MLP; null: 2 * hidden_size
+    tie_embeddings: bool = True           # one matrix for input and output
+    vocab_size: int = 1024                # of the tokenizer that is trained on the data
+    seed: int = 0                         # of the initial weights
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    "Low-rank adapters, through peft."
+    r: int = 8                               # rank
+    alpha: float = 16.0                      # the update is scaled by alpha / r
+    targets: str | list[str] = "all-linear"  # which layers: all-linear, or a list of names such as [q_proj, v_proj]
+    dropout: float = 0.0                     # on the adapter's input
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    "Train a small model from scratch on texts."
+    data: str                           # JSONL or Parquet with `text`, a .txt file, a hub name[:split], or world
+    eval_data: str | None = None        # the same, held out; null: no held-out loss
+    model: Shape = field(default_factory=Shape)
+    max_length: int = 256               # context, tokens; longer texts are cut into pieces
+    row_length: int | None = None       # tokens of a packed row; null: max_length
+    packing: bool = True                # several texts a row, kept apart by block-diagonal attention
+    micro_batch_size: int = 16          # rows a forward pass
+    world: WorldSpec = field(default_factory=WorldSpec)
+    samples: int = 3                    # continuations in the report
+    sample_tokens: int = 48             # their greatest length
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: str | None = None              # run folder; null: runs/pretrain-<data>-<n>
+    run: dict | None = None             # written into config.yaml by a run; not read
+
+
+@dataclass(frozen=True)
+class SftRecipe:
+    "Supervised fine-tuning; only answers are learned (texts: everything)."
+    model: str                          # hub name, model folder, run folder, or smollm2
+    data: str                           # JSONL, Parquet, interview, world, or a hub name[:split]
+    eval_data: str | None = None        # the same, held out; null: no held-out loss
+    max_length: int | None = None       # tokens a row; null: the model's context, at most 1024
+    on_long: Literal["error", "truncate", "drop"] = "error"  # rows longer than that (texts are cut into pieces instead)
+    packing: bool = False               # several rows in one, kept apart by block-diagonal attention
+    micro_batch_size: int = 4           # rows a forward pass
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; train.precision is that of the arithmetic
+    lora: LoraSpec | None = None        # null: all parameters are trained
+    world: WorldSpec = field(default_factory=WorldSpec)
+    samples: int = 3                    # answers before and after, in the report
+    sample_tokens: int = 96             # their greatest length
+    train: TrainConfig = field(default_factory=TrainConfig)
+    out: str | None = None              # run folder; null: runs/sft-<model>-<n>
+    run: dict | None = None             # written into config.yaml by a run; not read
+
+
+# what --resume may change: nothing here changes the result
+FREE = ("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.trackers",
+        "train.progress", "out", "run")
+
+
+@dataclass
+class Job:
+    "All that a run needs, validated; nothing has been written yet."
+    recipe: Any
+    model: Any
+    tokenizer: Any
+    batches: Any                    # a layout: plan(epoch) and collate(item)
+    eval_batches: Any = None
+    loss: Callable = lm_loss
+    prompts: list = field(default_factory=list)     # for the samples: strings, or messages
+    references: list = field(default_factory=list)  # what the data answer
+    world: Any = None               # measured before and after, if there is one
+    data: dict = field(default_factory=dict)        # fingerprints and counts, for config.yaml
+    warnings: list = field(default_factory=list)
+    stem: str = ""                  # of the run folder's name
+
+
+TRAINING = {}  # command -> (recipe, prepare)
+
+
+def training(
+    command: str,
+    recipe: type,
+):
+    "Register a function from a recipe to a `Job` as a command."
+    def register(prepare):
+        TRAINING[command] = (recipe, prepare)
+        return prepare
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks and pieces that commands share
+# ---------------------------------------------------------------------------------------------------------------------
+def check_recipe(recipe) -> None:
+    "What can be refused before anything is read."
+    def need(ok, name, what):
+        if not ok:
+            value = recipe
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise UserError(f"{name} must be {what}, got {value!r}")
+    need(recipe.micro_batch_size >= 1, "micro_batch_size", "at least 1")
+    need(recipe.max_length is None or recipe.max_length >= 2, "max_length", "at least 2")
+    row = getattr(recipe, "row_length", None)
+    need(row is None or 2 <= row <= recipe.max_length, "row_length", "from 2 to max_length")
+    need(recipe.samples >= 0, "samples", "at least 0")
+    need(recipe.sample_tokens >= 1, "sample_tokens", "at least 1")
+    lora = getattr(recipe, "lora", None)
+    if lora:
+        need(lora.r >= 1, "lora.r", "at least 1")
+        need(lora.alpha > 0 and math.isfinite(lora.alpha), "lora.alpha", "positive")
+        need(0 <= lora.dropout < 1, "lora.dropout", "in [0, 1)")
+        need(bool(lora.targets), "lora.targets", "all-linear or a list of layer names")
+    if isinstance(recipe.model, Shape):
+        for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size"):
+            need(getattr(recipe.model, name) is None or getattr(recipe.model, name) >= 1, f"model.{name}", "at least 1")
+    world = recipe.world
+    for name in ("n_entities", "n_attributes", "n_paraphrases"):
+        need(getattr(world, name) >= 1, f"world.{name}", "at least 1")
+    train = recipe.train
+    if train.precision == "fp16" and (train.cpu or not torch.cuda.is_available()):
+        raise UserError("train.precision fp16 needs a GPU: on a CPU use bf16 or fp32")
+    for tracker in train.trackers:
+        if find_spec(tracker.replace("-", "_")) is None:
+            raise UserError(f"train.trackers: {tracker} is not installed (pip install {tracker})")
+    runs.check_new(recipe.out)
+
+
+def make_world(spec: WorldSpec):
+    "The world of a recipe."
+    from llm_train_course.stages import World
+    try:
+        return World(**asdict(spec))
+    except ValueError as e:
+        raise UserError(f"world: {e}") from e
+
+
+def uses_world(recipe) -> bool:
+    return "world" in (recipe.data, recipe.eval_data)
+
+
+def load_rows(recipe, accept, world=None) -> tuple[Rows, Rows | None, dict]:
+    "Training and held-out rows, all problems of both files at once, and their fingerprints."
+    problems, found = [], {}
+    for name in ("data", "eval_data"):
+        source = getattr(recipe, name)
+        if source is None:
+            continue
+        try:
+            found[name] = read_rows(source, accept, world=world)
+        except DataError as e:
+            problems += e.problems
+    if problems:
+        raise DataError(problems)
+    info = {name: {"source": rows.source, "kind": rows.kind, "rows": len(rows), "blank_lines": rows.n_blank,
+                   "sha256": rows.fingerprint} for name, rows in found.items()}
+    return found["data"], found.get("eval_data"), info
+
+
+def encode_all(rows, eval_rows, tokenizer, max_length, on_long):
+    "Token examples of both, all problems of both at once."
+    encoded, problems, hints = [], [], []
+    for part in (rows, eval_rows):
+        if part is None:
+            encoded.append(None)
+            continue
+        try:
+            encoded.append(encode_rows(part, tokenizer, max_length, on_long))
+        except DataError as e:
+            problems, hints = problems + e.problems, hints + ([e.hint] if e.hint else [])
+    if problems:
+        raise DataError(problems, hints[-1] if hints else "")
+    return encoded
+
+
+def layout(examples, recipe, tokenizer, max_length, shuffle):
+    "Padded or packed batches."
+    seed, size = recipe.train.seed, recipe.micro_batch_size
+    if recipe.packing:
+        return PackedBatches(examples, size, max_length, tokenizer.pad_token_id, shuffle=shuffle, seed=seed)
+    return PaddedBatches(examples, size, tokenizer.pad_token_id, shuffle=shuffle, seed=seed)
+
+
+def context_length(model, wanted: int | None, default: int = 1024) -> int:
+    "max_length, checked against the model's positions."
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(default, limit or default)
+    if limit and wanted > limit:
+        raise UserError(f"max_length: {wanted} is more than the model's context of {limit} tokens")
+    return wanted
+
+
+def sample_prompts(rows: Rows, n: int) -> tuple[list, list]:
+    "The first n rows as prompts, and the answers that the data hold."
+    prompts, references = [], []
+    for row in rows.rows[:n]:
+        v = row.value
+        if rows.kind == "messages":
+            last = max(i for i, m in enumerate(v["messages"]) if m["role"] == "assistant")
+            prompts.append(v["messages"][:last])
+            references.append(v["messages"][last]["content"])
+        elif rows.kind == "prompt_completion":
+            prompts.append(v["prompt"])
+            references.append(v["completion"] if isinstance(v["completion"], str) else v["completion"][-1]["content"])
+        else:
+            words = v["text"].split(" ")
+            cut = max(1, min(8, len(words) // 3))
+            prompts.append(" ".join(words[:cut]))
+            references.append(" ".join(words[cut:])[:600])
+    return prompts, references
+
+
+def with_adapter(model, spec: LoraSpec):
+    "LoRA through peft; a target that fits no layer is refused by name."
+    from peft import LoraConfig, get_peft_model
+
+    if isinstance(spec.targets, list):
+        names = [n for n, _ in model.named_modules()]
+        missing = [t for t in spec.targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if missing:
+            linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
+            raise UserError(f"lora.targets: the model has no layer {', '.join(missing)}; it has {', '.join(linear)}")
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=spec.targets,
+                        task_type="CAUSAL_LM")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as e:
+        raise UserError(f"lora.targets: {' '.join(str(e).split())}") from e
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the commands
+# ---------------------------------------------------------------------------------------------------------------------
+@training("pretrain", PretrainRecipe)
+def prepare_pretrain(recipe: PretrainRecipe) -> Job:
+    world = make_world(recipe.world) if uses_world(recipe) else None
+    rows, eval_rows, info = load_rows(recipe, ("text",), world)
+    if world:
+        tokenizer = world.tokenizer
+    else:
+        try:
+            tokenizer = train_tokenizer((v["text"] for v in rows.values), recipe.model.vocab_size)
+        except ValueError as e:
+            raise UserError(f"model.{e}") from e
+    row_length = recipe.row_length or recipe.max_length
+    train, held = encode_all(rows, eval_rows, tokenizer, row_length, "error")
+    shape = {k: v for k, v in asdict(recipe.model).items() if k != "vocab_size"}
+    try:
+        model = tiny_llama(len(tokenizer), max_length=recipe.max_length, **shape)
+    except (ValueError, ZeroDivisionError, RuntimeError) as e:
+        raise UserError(f"model: {e}") from e
+    prompts, references = sample_prompts(eval_rows or rows, recipe.samples)
+    return Job(recipe, model, tokenizer, layout(train.examples, recipe, tokenizer, row_length, True),
+               held and layout(held.examples, recipe, tokenizer, row_length, False), prompts=prompts,
+               references=references, world=world, data=info, stem=f"pretrain-{runs.slug(Path(rows.source).stem)}",
+               warnings=[*train.warnings, *(held.warnings if held else [])])
+
+
+@training("sft", SftRecipe)
+def prepare_sft(recipe: SftRecipe) -> Job:
+    world = make_world(recipe.world) if uses_world(recipe) else None
+    source = runs.model_source(recipe.model)  # refused before the data are read
+    rows, eval_rows, info = load_rows(recipe, ("messages", "prompt_completion", "text"), world)
+    model, tokenizer = runs.load_any(source, recipe.dtype, merge=True)
+    if world and tokenizer.get_vocab() != world.tokenizer.get_vocab():
+        raise UserError(f"world: the model {recipe.model} has another vocabulary than this world; give the `world` it was trained on")
+    max_length = context_length(model, recipe.max_length)
+    train, held = encode_all(rows, eval_rows, tokenizer, max_length, recipe.on_long)
+    seed_everything(recipe.train.seed)  # of the adapter's initial weights
+    if recipe.lora:
+        model = with_adapter(model, recipe.lora)
+    prompts, references = sample_prompts(eval_rows or rows, recipe.samples)
+    if world and not eval_rows:  # ask about people whom the training rows do not ask about
+        unseen = [f for f in world.facts if not f.seen]
+        picked = range(0, len(unseen), max(1, len(unseen) // max(1, recipe.samples)))[:recipe.samples]
+        prompts, references = [world.prompts(False)[n] for n in picked], [unseen[n].value for n in picked]
+    return Job(recipe, model, tokenizer, layout(train.examples, recipe, tokenizer, max_length, True),
+               held and layout(held.examples, recipe, tokenizer, max_length, False), prompts=prompts,
+               references=references, world=world, data=info, stem=f"sft-{runs.slug(recipe.model)}",
+               warnings=[*train.warnings, *(held.warnings if held else [])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# carrying a run out
+# ---------------------------------------------------------------------------------------------------------------------
+def say(*text) -> None:
+    "Print, on the first process only."
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*text, flush=True)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    "Fields in which two recipes differ."
+    out = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{name}.")
+        elif a != b and name not in FREE:
+            out.append((name, a, b))
+    return out
+
+
+def plain(recipe) -> dict:
+    "A recipe as dicts, lists and numbers, as config.yaml holds it."
+    def turn(value):
+        if isinstance(value, dict):
+            return {k: turn(v) for k, v in value.items()}
+        return [turn(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return turn({k: v for k, v in asdict(recipe).items() if k != "run"})
+
+
+def measure(job: Job) -> dict:
+    "The numbers that are compared before and after."
+    out = {}
+    if job.eval_batches:
+        result = evaluate(job.model, job.eval_batches, job.loss)
+        out["loss"] = result["loss"]
+        out["perplexity"] = math.exp(min(result["loss"], 700))
+        out |= {k: v for k, v in result.items() if k not in ("loss", "n_targets")}
+    if job.world:
+        out |= {f"world.{k}": float(v) for k, v in job.world.evaluate(job.model).items()}
+    return out
+
+
+def answers(job: Job) -> list[str]:
+    "Greedy answers to the sample prompts."
+    return generate(job.model, job.tokenizer, job.prompts, max_new_tokens=job.recipe.sample_tokens) if job.prompts else []
+
+
+def device_of(config: TrainConfig):
+    "Where `fit` is going to train."
+    from accelerate import PartialState
+    return PartialState(cpu=config.cpu).device
+
+
+def _shared_dir(job: Job, resume: Path | None) -> Path:
+    "The run folder: made by the first process, known to all."
+    if resume:
+        return resume
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    path = [runs.new_run_dir(job.recipe.out, job.stem) if state.is_main_process else None]
+    return Path(broadcast_object_list(path)[0]) if state.num_processes > 1 else path[0]
+
+
+def _describe(job, steps, run_dir):
+    trained, total = count_parameters(job.model)
+    share = "" if trained == total else f", {trained:,} of them trained ({100 * trained / total:.2f} %)"
+    say(f"model    {total:,} parameters{share}, on {next(job.model.parameters()).device}")
+    for name, info in job.data.items():
+        say(f"{name:<8} {info['source']}: {info['rows']} rows of {info['kind'].replace('_', '/')}"
+            + (f", {info['blank_lines']} blank lines skipped" if info["blank_lines"] else ""))
+    say(f"steps    {steps}")
+    say(f"run      {run_dir}")
+
+
+def _restore_trained(job, run_dir):
+    "A run whose training is over but not its evaluation: take the saved weights."
+    from safetensors.torch import load_file
+
+    folder = runs.trained_folder(run_dir)
+    if folder.name == "adapter":
+        from peft import load_peft_weights, set_peft_model_state_dict
+        set_peft_model_state_dict(job.model, load_peft_weights(str(folder), device="cpu"))
+    else:
+        state = {k: v for part in sorted(folder.glob("*.safetensors")) for k, v in load_file(part).items()}
+        job.model.load_state_dict(state, strict=False)  # a tied matrix is saved once
+
+
+def run_job(
+    command: str,
+    job: Job,
+    resume: Path | None = None,  # an existing run folder
+) -> int:                        # exit code
+    "Make the folder, measure, train, save, measure, report."
+    recipe, start = job.recipe, time.perf_counter()
+    job.model.to(device_of(recipe.train))
+    steps = total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
+    run_dir = _shared_dir(job, resume)  # from here on things are written
+    main = int(os.environ.get("RANK", "0")) == 0
+    go_on = f"llm-train {command} --resume {run_dir}"
+    for warning in job.warnings:
+        say(f"warning: {warning}")
+    _describe(job, steps, run_dir)
+    try:
+        if main and not resume:
+            trained, total = count_parameters(job.model)
+            runs.write_config(run_dir, plain(recipe), {
+                "command": command, "folder": str(run_dir), "steps": steps, "parameters": total, "trained": trained,
+                "device": str(next(job.model.parameters()).device), "versions": runs.versions(), "data": job.data})
+        results = runs.read_results(run_dir)
+        if "before" not in results:
+            seconds = results.get("seconds", 0.0)
+            before, said = measure(job), answers(job)
+            if main:
+                results = runs.update_results(run_dir, before=before, answers_before=said, prompts=job.prompts,
+                                              references=job.references, seconds=seconds)
+        if resume and runs.trained_folder(run_dir):
+            _restore_trained(job, run_dir)
+        else:
+            outcome = fit(job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
+                          eval_batches=job.eval_batches if recipe.train.eval_every else None)
+            spent = results.get("seconds", 0.0) + time.perf_counter() - start
+            if main:
+                runs.update_results(run_dir, seconds=spent, steps=outcome.step)
+            if outcome.interrupted:
+                say(f"\nstopped after step {outcome.step} of {steps}; a checkpoint is saved. Go on with\n  {go_on}")
+                return 130
+            if main:
+                runs.save_trained(run_dir, job.model, job.tokenizer)
+        after, said = measure(job), answers(job)
+        if main:
+            runs.update_results(run_dir, after=after, answers_after=said)
+            from llm_train_course.app.report import write_report
+            report = write_report(run_dir)
+            print_results(runs.read_results(run_dir), runs.read_metrics(run_dir))
+            say(f"saved    {runs.trained_folder(run_dir)}\nreport   {report}\ntry it   llm-train chat {run_dir}")
+        return 0
+    except Exception as e:
+        if not resume and main and type(e).__name__ != "NonFiniteLoss":
+            _remove_unstarted(run_dir)
+        raise
+    except KeyboardInterrupt:
+        say(f"\nstopped; what is saved is in {run_dir}. Go on with\n  {go_on}")
+        return 130
+
+
+def _remove_unstarted(run_dir):
+    "A run that failed before its first step (a tracker that wants a login, say) leaves no folder behind."
+    names = {p.name for p in run_dir.iterdir()}
+    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS} and not runs.read_metrics(run_dir):
+        for name in names:
+            (run_dir / name).unlink()
+        run_dir.rmdir()
+
+
+def print_results(results: dict, metrics: list[dict] = ()) -> None:
+    "The measures before and after, as a table, and the training loss."
+    losses = [r["loss"] for r in metrics if "loss" in r]
+    if losses:
+        print(f"loss     {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last ones, in training")
+    before, after = results.get("before", {}), results.get("after", {})
+    names = [n for n in after if n in before]
+    if not names:
+        return
+    width = max(len(n) for n in names) + 2
+    print(f"\n{'':<{width}}{'before':>10}{'after':>10}")
+    for name in names:
+        print(f"{name:<{width}}{_number(before[name]):>10}{_number(after[name]):>10}")
+    print()
+
+
+def _number(value):
+    return f"{value:.3g}" if abs(value) >= 1e5 else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def start(
+    command: str,
+    recipe,                       # as parsed
+    resume: str | None = None,    # a run folder to go on with
+) -> int:                         # exit code
+    "Carry out a training command."
+    _, prepare = TRAINING[command]
+    if resume is None:
+        check_recipe(recipe)
+        return run_job(command, prepare(recipe))
+    config = runs.read_config(resume)
+    check_recipe(replace(recipe, out=None))
+    folder = Path(resume).expanduser()
+    if runs.trained_folder(folder) and "after" in runs.read_results(folder):
+        say(f"{resume} is finished: {runs.trained_folder(folder)}")
+        return 0
+    job = prepare(replace(recipe, out=None))
+    for name, info in job.data.items():
+        old = (config["run"].get("data") or {}).get(name) or {}
+        if old.get("sha256") != info["sha256"]:
+            raise UserError(f"{name}: {resume} was started on other rows of {info['source']} "
+                            f"({old.get('rows')} rows then, {info['rows']} now): put them back, or start a new run")
+    return run_job(command, job, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EvalRecipe:
+    "Loss per target token, perplexity, and for the small world its own measures."
+    data: str                          # as for sft, or world
+    max_length: int | None = None      # tokens a row; null: the model's context, at most 1024
+    on_long: Literal["error", "truncate", "drop"] = "error"  # rows longer than that
+    micro_batch_size: int = 8          # rows a forward pass
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
+    world: WorldSpec | None = None     # null: that of the run, or the default one
+    cpu: bool = False                  # stay on the CPU even where there is a GPU
+    json: bool = False                 # print one JSON object instead of a table
+
+
+def evaluate_model(name: str, recipe: EvalRecipe) -> int:
+    "`llm-train eval`."
+    import json
+
+    if recipe.micro_batch_size < 1:
+        raise UserError(f"micro_batch_size must be at least 1, got {recipe.micro_batch_size}")
+    source = runs.model_source(name)
+    world, out = None, {}
+    if recipe.data == "world":
+        spec = recipe.world
+        if spec is None and (Path(name).expanduser() / runs.CONFIG).is_file():
+            spec = WorldSpec(**(runs.read_config(name).get("world") or {}))
+        world = make_world(spec or WorldSpec())
+    rows = None if world else read_rows(recipe.data, ("messages", "prompt_completion", "text"))
+    model, tokenizer = runs.load_any(source, recipe.dtype)
+    model.to(device_of(TrainConfig(cpu=recipe.cpu)))
+    if world:
+        if tokenizer.get_vocab() != world.tokenizer.get_vocab():
+            raise UserError(f"world: the model {name} has another vocabulary than this world; give --world.seed and its other fields")
+        out = {f"world.{k}": float(v) for k, v in world.evaluate(model).items()}
+    else:
+        length = context_length(model, recipe.max_length)
+        encoded = encode_rows(rows, tokenizer, length, recipe.on_long)
+        for warning in encoded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        result = evaluate(model, PaddedBatches(encoded.examples, recipe.micro_batch_size, tokenizer.pad_token_id, shuffle=False))
+        out = {"rows": len(rows), "target_tokens": result["n_targets"], "loss": result["loss"],
+               "perplexity": math.exp(min(result["loss"], 700))}
+    if recipe.json:
+        print(json.dumps({"model": name, "data": recipe.data, **out}))
+    else:
+        width = max(map(len, out)) + 2
+        for key, value in out.items():
+            print(f"{key:<{width}}{value if isinstance(value, int) else _number(value):>12}")
+    return 0
