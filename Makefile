@@ -43,6 +43,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
 $(VENV)/.base: constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version): make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -U pip setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e .

@@ -514,7 +514,7 @@ def seal_checkpoint(
     final: Path,  # its name once it is whole
     keep: int,    # how many checkpoints stay beside each other
 ) -> None:
-    "Checksum, flush, rename; then remove the oldest ones."
+    "Checksum, flush, rename; then remove the oldest ones, and any that claim to be newer."
     files = sorted(p for p in draft.iterdir() if p.name != "manifest.json")
     manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -527,7 +527,9 @@ def seal_checkpoint(
     os.rename(draft, final)
     _sync(final.parent)
     shutil.rmtree(stale, ignore_errors=True)
-    for old in sorted(final.parent.glob("step_*"))[:-keep]:
+    found = sorted(final.parent.glob("step_*"))
+    newer = [p for p in found if p.name > final.name]  # of a future that was given up when the run went back
+    for old in newer + [p for p in found if p.name <= final.name][:-keep]:
         shutil.rmtree(old)
 
 
@@ -674,8 +676,15 @@ def _trained_tensors(model):
     return {**tensors, **{n: b for n, b in model.named_buffers() if n in persistent}}
 
 
-def _frozen_sum(model):
-    return float(sum(p.detach().sum(dtype=torch.float64).cpu() for p in model.parameters() if not p.requires_grad))
+def _frozen_fingerprint(model, sample=65_536):
+    "Names, shapes and evenly spaced bytes of everything that is not trained: cheap, and no two models share it."
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            flat = p.detach().contiguous().flatten().view(torch.uint8)
+            stride = max(1, flat.numel() // sample) | 1  # odd: meets every byte of an element
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode() + flat[::stride].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _rng_states():
@@ -720,7 +729,7 @@ def _save(accelerator, model, optimizer, progress, config, identity, root):
             f"{n}.{k}": torch.as_tensor(v) for n, entry in state["state"].items() for k, v in entry.items()})
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         meta = {"progress": {**asdict(progress), "losses": None}, "param_groups": state["param_groups"],
-                "scaler": scaler, "identity": identity, "frozen_sum": _frozen_sum(model)}
+                "scaler": scaler, "identity": identity}
         (draft / "state.json").write_text(json.dumps(meta))
     accelerator.wait_for_everyone()
     tensors, meta = _rng_states()
@@ -740,12 +749,12 @@ def _restore(accelerator, model, optimizer, identity, folder):
     "Put model, optimizer, scaler, gradients and random states back; returns the progress."
     meta, rank = json.loads((folder / "state.json").read_text()), accelerator.process_index
     for key, now in identity.items():
-        if meta["identity"].get(key) != now:
+        if key != "frozen" and meta["identity"].get(key) != now:
             raise ResumeError(f"{folder} was made with {key} = {meta['identity'].get(key)!r}, this run has {now!r}")
     saved, mine = _read_tensors(folder / "weights.safetensors"), _trained_tensors(model)
     if saved.keys() != mine.keys():
         raise ResumeError(f"{folder} trains other tensors: {sorted(saved.keys() ^ mine.keys())[:5]}")
-    if not math.isclose(meta["frozen_sum"], _frozen_sum(model), rel_tol=1e-6, abs_tol=1e-6):
+    if meta["identity"]["frozen"] != identity["frozen"]:
         raise ResumeError(f"{folder} was trained on other frozen weights than this model's")
     with torch.no_grad():
         for name, tensor in mine.items():
@@ -801,6 +810,9 @@ def _accelerator(config, run_dir):
         raise ValueError("precision fp16 needs a GPU: on a CPU use bf16 or fp32")
     accelerator = Accelerator(cpu=config.cpu, mixed_precision=precision, log_with=list(config.trackers) or None,
                               project_dir=str(run_dir) if run_dir else None)
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # they own the optimizer step and the weights: not handled yet
+        raise ValueError(f"fit runs on one process or several through DDP; accelerate is configured for {kind}")
     if config.trackers:
         accelerator.init_trackers("llm_train_course", config={k: v for k, v in asdict(config).items()
                                                               if isinstance(v, (int, float, str, bool))})
@@ -811,7 +823,7 @@ def _accelerator(config, run_dir):
 _FREE_FIELDS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "trackers", "progress")
 
 
-def _identity(batches, config, world_size):
+def _identity(model, batches, config, world_size):
     fields = {f"train.{k}": v for k, v in asdict(config).items() if k not in _FREE_FIELDS}
     layout = {f"batches.{k}": v for k, v in vars(batches).items() if isinstance(v, (int, float, str, bool))}
     data = hashlib.sha256()
@@ -819,7 +831,7 @@ def _identity(batches, config, world_size):
         for key in sorted(e):
             data.update(np.asarray(e[key]).tobytes())
     return json.loads(json.dumps({**fields, "batches": type(batches).__name__, **layout, "data": data.hexdigest(),
-                                  "world_size": world_size}))
+                                  "world_size": world_size, "frozen": _frozen_fingerprint(model)}))
 
 
 def total_steps(
@@ -883,6 +895,7 @@ def evaluate(
     model,
     batches,                           # a layout; its plan for epoch 0 is gone through once
     loss: Callable = lm_loss,
+    autocast: Callable = nullcontext,  # a context for the forward pass: `fit` gives that of its precision
 ) -> dict:                             # loss: mean nats per target; n_targets; further means the loss reports
     "Mean loss over all targets. Dropout is off, and the mode of the model is put back."
     training, device = model.training, next(model.parameters()).device
@@ -890,7 +903,8 @@ def evaluate(
     sums, n = {}, 0
     for item in batches.plan(0):
         batch = _to(batches.collate(item), device)
-        total, extras = _Objective(model, loss)(batch)
+        with autocast():
+            total, extras = _Objective(model, loss)(batch)
         for key, value in {"loss": total, **extras}.items():
             sums[key] = sums.get(key, 0.0) + float(value)
         n += batch["n_targets"]
@@ -917,22 +931,22 @@ def _optimizer_step(accelerator, objective, optimizer, micro_batches, p, config,
     return sums, norm, lr
 
 
-def _advance(p, n_windows, sums, n_targets):
+def _advance(p, n_windows, sums, n_targets, seconds):
     "One more step is done."
     p.step, p.window, p.micro, p.losses = p.step + 1, p.window + 1, 0, []
     if p.window == n_windows:
         p.epoch, p.window = p.epoch + 1, 0
-    for k, v in {**sums, "n_targets": n_targets}.items():
+    for k, v in {**sums, "n_targets": n_targets, "seconds": seconds}.items():
         p.since_log[k] = p.since_log.get(k, 0.0) + v
 
 
-def _log_row(p, lr, norm, seconds):
+def _log_row(p, lr, norm):
     "Means over the targets since the last row; starts the next sums."
-    n = p.since_log["n_targets"]
-    means = {k: v / max(n, 1) for k, v in p.since_log.items() if k != "n_targets"}
+    n, seconds = p.since_log.pop("n_targets"), p.since_log.pop("seconds")
+    means = {k: v / max(n, 1) for k, v in p.since_log.items()}
     p.since_log = {}
     return {"step": p.step, "epoch": p.epoch, **means, "lr": lr, "grad_norm": norm, "n_targets": int(n),
-            "tokens_per_second": round(n / seconds)}
+            "targets_per_second": round(n / seconds)}
 
 
 def _prepare_folder(run_dir, resume, is_main):
@@ -956,22 +970,23 @@ def fit(
     run_dir: str | Path | None = None,    # metrics.jsonl and checkpoints/ go here; None: nothing is written
     resume: bool = False,                 # go on from the newest whole checkpoint in run_dir, if there is one
 ) -> FitResult:
-    "Train. One loop for every chapter, on whatever `accelerate` runs on."
+    "Train. One loop for every chapter: on a CPU, one GPU, or several processes through `accelerate` and DDP."
     accelerator = _accelerator(config, run_dir)
     world, rank = accelerator.num_processes, accelerator.process_index
     root = _prepare_folder(run_dir, resume, accelerator.is_main_process)
     seed_everything(config.seed + rank)  # ranks draw different dropout
     objective, optimizer = accelerator.prepare(_Objective(model, loss), adamw(model, config))
-    identity, total = _identity(batches, config, world) if root else {}, total_steps(batches, config, world)
+    identity, total = _identity(model, batches, config, world) if root else {}, total_steps(batches, config, world)
     found = latest_checkpoint(root) if resume else None
     p = _restore(accelerator, model, optimizer, identity, found) if found else _Progress()
     due = lambda every: every is not None and (p.step % every == 0 or p.step == total)
     result = FitResult(p.step, [], run_dir=Path(run_dir) if run_dir else None)
-    epoch, windows, clock = None, [], time.perf_counter()
+    epoch, windows = None, []
     with _Metrics(accelerator, model, config, result, total) as metrics, _stop_on_signal(root is not None) as stop:
         while p.step < total:
             if epoch != p.epoch:
                 epoch, windows = p.epoch, _windows(batches.plan(p.epoch), config.grad_accum_steps * world)
+            start = time.perf_counter()  # of the training proper: evaluation and checkpoints are not counted
             mine = _my_batches(batches, windows[p.window], rank, world)
             n_targets, stopped = _all_sum(accelerator, [sum(b["n_targets"] for b in mine), stop()])
             if stopped or not _add_gradients(accelerator, objective, mine, n_targets, p, stop):
@@ -979,12 +994,12 @@ def fit(
                 result.interrupted = True
                 break
             sums, norm, lr = _optimizer_step(accelerator, objective, optimizer, mine, p, config, total, run_dir)
-            _advance(p, len(windows), sums, n_targets)
+            _advance(p, len(windows), sums, n_targets, time.perf_counter() - start)
             if p.step == 1 or due(config.log_every):
-                metrics.write(_log_row(p, lr, norm, time.perf_counter() - clock))
-                clock = time.perf_counter()
+                metrics.write(_log_row(p, lr, norm))
             if eval_batches and (p.step == total or due(config.eval_every)):
-                metrics.write({"step": p.step, **{f"eval_{k}": v for k, v in evaluate(model, eval_batches, loss).items()}})
+                scores = evaluate(model, eval_batches, loss, accelerator.autocast)
+                metrics.write({"step": p.step, **{f"eval_{k}": v for k, v in scores.items()}})
             if root and due(config.save_every):
                 _save(accelerator, model, optimizer, p, config, identity, root)
             metrics.step(p.step)
@@ -1077,20 +1092,26 @@ def load_model(
     "A causal language model and its tokenizer, with a padding token for certain."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(name_or_path)
-    if source == "smollm2":
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if name == "smollm2":
         cached = cache_dir() / "smollm2-135m-instruct"
-        source = SMOLLM2 if not cached.is_dir() and _hub_answers() else str(cached)
-        if source == str(cached) and not cached.is_dir():
+        sources = [SMOLLM2, cached] if _hub_answers() else [cached]
+    elif (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
+        raise FileNotFoundError(f"no such model folder: {name}")
+    else:
+        sources = [folder if folder.is_dir() else name]
+    for source in sources:
+        if name == "smollm2" and source == cached and not cached.is_dir():
             cached.parent.mkdir(parents=True, exist_ok=True)
             _smollm2_from_package(cached)
-    elif (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
-        raise FileNotFoundError(f"no such model folder: {source}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as e:
-        raise OSError(f"{name_or_path}: neither a folder with a model nor a name that the hub answers to") from e
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            break
+        except OSError as e:
+            if source is sources[-1]:
+                raise OSError(f"{name}: neither a folder with a model nor a name that the hub answers to") from e
     if tokenizer.pad_token_id is None:  # padded positions are masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -2,12 +2,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -129,6 +131,70 @@ def test_bf16_run_resumes_bit_equal_and_keeps_the_dtype_of_the_weights(tmp_path)
         assert torch.equal(flat(got), flat(want))
 
 
+def test_bf16_reaches_the_arithmetic_of_training_and_evaluation():
+    seen = []
+
+    def loss(m, batch):
+        hidden = m.get_decoder()(batch["input_ids"], use_cache=False).last_hidden_state
+        seen.append((torch.is_autocast_enabled("cpu"), m.lm_head(hidden).dtype))
+        return lm_loss(m, batch)
+
+    layout = PaddedBatches(ROWS, 9)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        seen.clear()
+        fit(model(), layout, loss, replace(CONFIG, precision=precision, max_steps=1), eval_batches=layout)
+        assert seen == [(precision == "bf16", dtype)] * 2
+
+
+def test_every_random_state_is_restored(tmp_path):
+    "A loss that draws from Python's, NumPy's and torch's generators."
+    config, layout = replace(CONFIG, save_every=4), PaddedBatches(ROWS, 2)
+
+    def noisy(m, batch):
+        return lm_loss(m, batch) * (1 + random.random() + np.random.rand() + float(torch.rand(())))
+
+    whole = model()
+    fit(whole, layout, noisy, config)
+    fit(model(), layout, noisy, config, run_dir=tmp_path)
+    shutil.rmtree(latest_checkpoint(tmp_path / "checkpoints"))  # back to step 8
+    got = model()
+    assert fit(got, layout, noisy, config, run_dir=tmp_path, resume=True).history[0]["step"] == 9
+    assert torch.equal(flat(got), flat(whole))
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    fit(model(), PaddedBatches(ROWS, 2), config=replace(CONFIG, save_every=2, keep_checkpoints=3), run_dir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in (6, 8, 9)]
+
+
+def test_engines_that_own_the_weights_are_refused_by_name(monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="configured for DEEPSPEED"):
+        fit(model(), PaddedBatches(ROWS, 2), config=CONFIG)
+
+
+def test_speed_counts_training_only(tmp_path, monkeypatch):
+    "A slow evaluation and a slow disk do not make training look slow; the clock is one that the test moves."
+    now = [0.0]
+    monkeypatch.setattr(core.time, "perf_counter", lambda: now[0])
+
+    def tick(seconds, result=None):
+        now[0] += seconds
+        return result
+
+    real_save, real_evaluate = core._save, core.evaluate
+    monkeypatch.setattr(core, "_save", lambda *a: tick(100, real_save(*a)))
+    monkeypatch.setattr(core, "evaluate", lambda *a: tick(100, real_evaluate(*a)))
+    config = replace(CONFIG, save_every=1, eval_every=1, max_steps=4)
+    layout = PaddedBatches(ROWS, 3)
+    training = lambda m, b: tick(2 if m.training else 0, lm_loss(m, b))
+    rows = fit(model(), layout, training, config, eval_batches=layout, run_dir=tmp_path).history
+    trained = [r for r in rows if "loss" in r]
+    assert [r["targets_per_second"] for r in trained] == [round(r["n_targets"] / 2) for r in trained]
+
+
 def test_fp16_on_a_cpu_is_refused_by_name():
     with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
         fit(model(), PaddedBatches(ROWS, 2), config=replace(CONFIG, precision="fp16"))
@@ -160,6 +226,12 @@ def test_adapter_checkpoint_holds_the_adapter_only_and_names_a_foreign_base(tmp_
     assert trained < size < 1.5 * trained + 10_000
     with pytest.raises(ResumeError, match="other frozen weights"):
         fit(adapted(seed=1), layout, config=config, run_dir=tmp_path, resume=True)
+    turned = adapted()
+    with torch.no_grad():  # the same numbers in another order
+        weight = turned.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+        weight.copy_(weight.flip(0))
+    with pytest.raises(ResumeError, match="other frozen weights"):
+        fit(turned, layout, config=config, run_dir=tmp_path, resume=True)
     with pytest.raises(ResumeError, match="trains other tensors"):
         fit(model(), layout, config=config, run_dir=tmp_path, resume=True)
     got = adapted()

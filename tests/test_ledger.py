@@ -453,8 +453,8 @@ def test_committed_ledger_is_up_to_date():
 def test_committed_pages_are_up_to_date():
     import pages
 
-    for name, text in pages.pages(NBS).items():
-        assert (NBS / name).read_text(encoding="utf-8") == text, f"nbs/{name}: run `python tools/pages.py`"
+    for name, content in pages.pages(NBS).items():
+        assert (NBS / name).read_bytes() == content, f"nbs/{name}: run `python tools/pages.py`"
 
 
 def test_pages_follow_the_notebooks(executed, tmp_path, capsys):

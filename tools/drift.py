@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-WATCHED = ("llm_train_course/*.py", "nbs/*.ipynb", "nbs/*.qmd", "nbs/ledger.json")
+WATCHED = ("llm_train_course/*.py", "nbs/*.ipynb", "nbs/*.qmd", "nbs/ledger.json", "nbs/images/*.png")
 
 
 def snapshot() -> dict[str, str]:

@@ -9,6 +9,7 @@ The ledger is read from the notebooks' committed outputs, so no notebook is run 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import re
 import sys
@@ -162,10 +163,28 @@ def interview_page() -> str:
     return "\n".join(out)
 
 
-def pages(nbs: Path = NBS) -> dict[str, str]:
-    "File name and text of everything this script writes into the folder of the notebooks."
+# the pictures that the READMEs show, taken from the committed output of a notebook's cell
+PICTURES = {"images/stages.png": ("01_stages.ipynb", "fig-stages-roles")}
+
+
+def pictures(nbs: Path) -> dict[str, bytes]:
+    "File name and bytes of each picture whose notebook and cell exist."
+    found = {}
+    for name, (notebook, label) in PICTURES.items():
+        path = nbs / notebook
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else ():
+            if cell["cell_type"] == "code" and f"#| label: {label}\n" in cell["source"]:
+                drawn = [o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})]
+                if drawn:
+                    found[name] = base64.b64decode(drawn[0])
+    return found
+
+
+def pages(nbs: Path = NBS) -> dict[str, bytes]:
+    "File name and bytes of everything this script writes into the folder of the notebooks."
     text = ledger_text(nbs)
-    return {"ledger.json": text, "claims.qmd": claims_page(json.loads(text), nbs), "interview.qmd": interview_page()}
+    written = {"ledger.json": text, "claims.qmd": claims_page(json.loads(text), nbs), "interview.qmd": interview_page()}
+    return {name: t.encode() for name, t in written.items()} | pictures(nbs)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -174,12 +193,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nbs", type=Path, default=NBS, help="folder of the notebooks")
     args = parser.parse_args(argv)
     different = []
-    for name, text in pages(args.nbs).items():
+    for name, content in pages(args.nbs).items():
         path = args.nbs / name
-        if not path.exists() or path.read_bytes() != text.encode():
+        if not path.exists() or path.read_bytes() != content:
             different.append(name)
             if not args.check:
-                path.write_bytes(text.encode())
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
     for name in different:
         print(f"nbs/{name}: {'differs from the data and the notebooks' if args.check else 'written'}")
     if different and args.check:
