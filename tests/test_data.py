@@ -1,6 +1,7 @@
 "Data files: every way in which a row can be wrong is named with its line, all at once; everything else goes through unchanged."
 import json
 import os
+import re
 import sys
 from itertools import pairwise
 
@@ -298,6 +299,21 @@ def test_course_data_are_valid():
     assert train.kind == heldout.kind == "messages" and len(train) > len(heldout) > 5
     questions = lambda rows: {v["messages"][0]["content"] for v in rows.values}
     assert not questions(train) & questions(heldout)
+
+
+def test_training_answers_hold_no_part_of_a_held_out_one():
+    "No run of six words, or of four with a number in it, no formula, no long number, but for the three that are named here."
+    said = lambda name: [v["messages"][1]["content"] for v in read_rows(name).values]
+    def parts(text):
+        words = [w.strip(".,:;()").lower() for w in text.split()]
+        run = lambda size: {" ".join(words[n:n + size]) for n in range(len(words) - size + 1)}
+        runs = run(6) | {r for r in run(4) if re.search(r"\d", r)}
+        formulas = {w for w in words if re.search("[α-ω√·]", w) and len(w) > 2}
+        return runs | formulas | set(re.findall(r"\d+\.\d+|\d{1,3}(?:,\d{3})+|\d{4,}", text))
+    train = set().union(*map(parts, said("interview")))
+    shared = set().union(*map(parts, said("interview:heldout"))) & train
+    # E5M2's largest value in a table, DPO's number in a list of papers, and what each memory question counts with
+    assert shared == {"57,344", "2305.18290", "16 bytes a parameter"}
 
 
 def test_reading_imports_no_torch(write):

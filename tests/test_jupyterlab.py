@@ -164,7 +164,11 @@ def wait_until_run(page, path, address, token):
         page.wait_for_timeout(1000)
         page.keyboard.press("Control+s")
         page.wait_for_timeout(500)
-        nb = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            nb = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:  # read while the server was writing it
+            assert time.monotonic() < end, f"after {RUN_S} s the saved notebook is still not JSON"
+            continue
         waiting = [i for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code" and "".join(c["source"]).strip()]
         waiting = [i for i in waiting if nb["cells"][i]["execution_count"] is None]
         failed = errors_in(nb)

@@ -49,7 +49,7 @@ def run_dir(tmp_path):
     recipe = {"model": EVIL, "data": EVIL, "eval_data": "held.jsonl", "lora": {"r": 8, "alpha": 16.0}, "train": {"learning_rate": 1e-3}}
     info = {"source": EVIL, "kind": "messages", "rows": 71, "sha256": "ab" * 32}
     runs.write_config(path, recipe, {"command": "sft", "steps": 40, "parameters": 1_000_000, "trained": 5000, "device": "cpu",
-                                     "versions": {"torch": "2.13.0"}, "data": {"data": info, "eval_data": info}})
+                                     "model": {"name": "org/tiny", "revision": "0123abcd"}, "versions": {"torch": "2.13.0"}, "data": {"data": info, "eval_data": info}})
     rows = [f'{{"step": {s}, "epoch": 0, "loss": {3 - s / 20}, "lr": {1e-3 * (1 - s / 40)}, "grad_norm": 1.5, "n_targets": 9}}' for s in range(1, 41)]
     (path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 41, "lo')  # cut off while it was written
     runs.update_results(path, before={"loss": 3.0, "perplexity": 20.1}, after={"loss": 1.0, "perplexity": 2.7}, steps=40, seconds=12.3,
@@ -69,7 +69,7 @@ def test_the_page_is_whole_and_stands_alone(run_dir):
     assert not {"src", "href"} & {k for k, _ in page.attrs}
     assert "prefers-color-scheme:dark" in text and "width=device-width" in text
     assert text.startswith("<!doctype html>") and "<html lang=en>" in text
-    for words in ("3.000", "1.000", "-2.000", "40 of 40", "71 rows of messages", "torch 2.13.0", "AutoPeftModelForCausalLM", "learning_rate: 0.001"):
+    for words in ("3.000", "1.000", "-2.000", "40 of 40", "71 rows of messages", "name: org/tiny, revision: 0123abcd", "torch 2.13.0", "AutoPeftModelForCausalLM", "learning_rate: 0.001"):
         assert words in said, words
     assert len(page.figures) == 3
     for figure in page.figures:

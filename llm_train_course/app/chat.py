@@ -7,14 +7,24 @@ from llm_train_course.app.runs import UserError, load_any
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-def _ids(tokenizer, prompt, device):
-    import torch
-
+def prompt_ids(
+    tokenizer,
+    prompt,       # a string, or messages that end with the user's
+) -> list[int]:
+    "The tokens that a model is asked to continue."
     if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-    else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return torch.tensor([ids], device=device)
+        return tokenizer(prompt).input_ids
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def room(
+    model,
+    n_prompt: int,  # tokens
+    wanted: int,    # tokens that are to follow
+) -> int:           # 0 or less: the prompt alone fills the context
+    "How many tokens can follow a prompt. Beyond its context a model with learned positions fails, the others go astray."
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return min(wanted, limit - n_prompt) if limit else wanted
 
 
 def answer(
@@ -28,14 +38,14 @@ def answer(
     "One answer, without special tokens."
     import torch
 
-    ids = _ids(tokenizer, prompt, next(model.parameters()).device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and ids.shape[1] >= limit:
-        raise UserError(f"the conversation has {ids.shape[1]} tokens, the model's context {limit}: /reset starts a new one")
-    room = min(max_new_tokens, limit - ids.shape[1]) if limit else max_new_tokens
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=next(model.parameters()).device)
+    left = room(model, ids.shape[1], max_new_tokens)
+    if left < 1:
+        raise UserError(f"the conversation has {ids.shape[1]} tokens, the model's context "
+                        f"{model.config.max_position_embeddings}: /reset starts a new one")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, streamer=streamer,
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=left, streamer=streamer,
                              pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **sampling)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 

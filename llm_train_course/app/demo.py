@@ -108,9 +108,10 @@ def write_demo_report(
             ("SmolLM2-135M-Instruct learns the interview",
              f"<p>LoRA with r = {lora['r']} on all linear layers: {run['trained']:,} of {run['parameters']:,} parameters are trained, "
              f"for {smol['steps']} steps, on {run['data']['data']['rows']} questions with their answers. Loss on the "
-             f"{run['data']['eval_data']['rows']} held-out questions, about claims that are not in the training questions, "
-             f"{word}: {before['loss']:.3f} before, {after['loss']:.3f} after, in nats per answer token. (Learning rate and "
-             "steps of this recipe were chosen with a look at these same questions, so the fall is a little flattered.)</p>"
+             f"{run['data']['eval_data']['rows']} held-out questions, about claims that no training question asks about (a number "
+             f"or two of theirs still occurs in a training answer), {word}: {before['loss']:.3f} before, {after['loss']:.3f} after, "
+             "in nats per answer token. (Learning rate and steps of this recipe were chosen with a look at held-out questions, "
+             "so the fall is a little flattered.)</p>"
              + report.before_after(before, after) + report.training_figures(metrics["smollm2-sft"], held)),
             ("Three held-out questions, before and after",
              "<p>A model of this size learns the manner of the answers far sooner than the facts: read these as a sample of "

@@ -206,7 +206,11 @@ def _how_to_load(run_dir, folder):
     if folder is None:
         return ""
     shown = f"{run_dir}/{folder.name}"
-    if folder.name == "adapter":
+    if folder.name == "adapter" and (run_dir / runs.BASE).is_dir():
+        code = ("from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                f"base = AutoModelForCausalLM.from_pretrained({f'{run_dir}/{runs.BASE}'!r})  # an earlier adapter is merged into it\n"
+                f"model = PeftModel.from_pretrained(base, {shown!r})\ntokenizer = AutoTokenizer.from_pretrained({shown!r})")
+    elif folder.name == "adapter":
         code = ("from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
                 f"model = AutoPeftModelForCausalLM.from_pretrained({shown!r})  # the base model is named in adapter_config.json\n"
                 f"tokenizer = AutoTokenizer.from_pretrained({shown!r})")
@@ -229,6 +233,8 @@ def write_report(
     facts = [["command", f"llm-train {run.get('command', '?')}"], ["steps", f"{results.get('steps', last):,} of {run.get('steps', 0):,}"],
              ["parameters", f"{run.get('parameters', 0):,}, trained {run.get('trained', 0):,}"], ["device", run.get("device", "?")],
              ["time", f"{results.get('seconds', 0):.0f} s"]]
+    if run.get("model"):
+        facts.append(["weights", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in run["model"].items())])
     for name, info in (run.get("data") or {}).items():
         facts.append([name, f"{info['source']}: {info['rows']:,} rows of {info['kind'].replace('_', '/')}, sha256 {info['sha256'][:12]}…"])
     facts.append(["versions", ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())])

