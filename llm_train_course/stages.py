@@ -457,12 +457,15 @@ def measure_half(
     seen: bool,           # which half of the people
     seed: int = 0,        # of the sampled answers
 ) -> dict[str, float]:
-    "Knowledge by cloze, answers by greedy generation, style by sampling."
+    "Knowledge by cloze, answers by greedy generation, style by sampling. `new_wording` is NaN if the corpus uses all wordings."
     facts, tokenizer = [f for f in world.facts if f.seen == seen], world.tokenizer
     ask = lambda **kw: generate(model, tokenizer, world.prompts(seen), max_new_tokens=64, batch_size=256, **kw)
     out = {}
     for key, stated in (("knowledge", True), ("new_wording", False)):
-        wordings = [next((w for w in range(8) if (w in f.stated) == stated), 0) for f in facts]
+        wordings = [next((w for w in range(8) if (w in f.stated) == stated), None) for f in facts]
+        if None in wordings:  # n_paraphrases=8: no wording is new
+            out[key] = math.nan
+            continue
         rows = [e for f, w in zip(facts, wordings) for e in cloze_examples(f, w, world.candidates[f.attribute], tokenizer)]
         out[key], nats = knowledge_measures(facts, completion_logps(model, rows), world.candidates)
         out.setdefault("knowledge_nll", nats)

@@ -1,5 +1,6 @@
 "Chapter 1: the small world, the losses of the first two stages against the libraries, and the measures on known models."
 
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from llm_train_course.stages import (
     courtesy,
     knowledge_measures,
     make_answer,
+    measure_half,
     names_only,
     parse_answer,
     pretrain,
@@ -217,6 +219,20 @@ def test_an_oracle_knows_everything(small):
         assert measures["knowledge_nll" + half] < 1e-4
         assert measures["brevity" + half] >= 0.8
         assert measures["true_reward" + half] == pytest.approx(2 + 2 * measures["brevity" + half])
+
+
+@pytest.mark.parametrize("n_paraphrases", [7, 8])
+def test_new_wording_is_one_that_the_corpus_never_used_or_nan(n_paraphrases):
+    world = World(seed=3, n_entities=8, n_attributes=2, n_candidates=6, vocab_size=600, n_paraphrases=n_paraphrases)
+    tok = world.tokenizer
+    reader = Oracle([tok(document).input_ids for document in world.corpus()], len(tok), tok.eos_token_id)
+    for seen in (False, True):
+        measures = measure_half(world, reader, seen)
+        assert measures["knowledge"] == 1.0
+        if n_paraphrases == 8:
+            assert math.isnan(measures.pop("new_wording"))
+        assert all(math.isfinite(v) for v in measures.values())
+        assert measures.get("new_wording", 0.0) < 1.0  # what it has read does not help
 
 
 def test_a_model_without_an_opinion_is_at_chance():
