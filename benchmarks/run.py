@@ -49,9 +49,8 @@ def trl_trainer(model, tokenizer, rows, batch_size, folder, **config):
 
 def sft_tiny(repeat, folder):
     "A 0.46 M-parameter Llama, one epoch over the small world's instruction rows."
-    from llm_train_course.stages import World
-
     from llm_train_course.core import PackedBatches, PaddedBatches, TrainConfig, encode_text, tiny_llama
+    from llm_train_course.stages import World
 
     world = World(seed=0)
     rows = [{"text": world.tokenizer.apply_chat_template(r["messages"], tokenize=False)} for r in world.sft_examples()]
