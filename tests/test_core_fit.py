@@ -131,6 +131,31 @@ def test_bf16_run_resumes_bit_equal_and_keeps_the_dtype_of_the_weights(tmp_path)
         assert torch.equal(flat(got), flat(want))
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_optimizers_of_bitsandbytes_train_and_resume_bit_equal(tmp_path, optimizer):
+    config, layout = replace(CONFIG, optimizer=optimizer, save_every=3), PaddedBatches(ROWS, 2)
+    want = model(**DROPOUT)
+    fit(want, layout, config=config)
+    if optimizer == "paged_adamw":  # in 32 bits it is the very same rule as torch's, to rounding
+        same = model(**DROPOUT)
+        fit(same, layout, config=replace(config, optimizer="adamw"))
+        assert (flat(same) - flat(want)).abs().max() < 2e-4 < (flat(model()) - flat(want)).abs().max()
+
+    def stop(m, batch):
+        stop.calls += 1
+        if stop.calls == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lm_loss(m, batch)
+    stop.calls = 0
+    assert fit(model(**DROPOUT), layout, stop, config, run_dir=tmp_path).interrupted
+    with pytest.raises(ResumeError, match="optimizer"):
+        fit(model(**DROPOUT), layout, config=replace(config, optimizer="adamw"), run_dir=tmp_path, resume=True)
+    got = model(**DROPOUT)
+    fit(got, layout, config=config, run_dir=tmp_path, resume=True)
+    assert torch.equal(flat(got), flat(want))
+
+
 def test_bf16_reaches_the_arithmetic_of_training_and_evaluation():
     seen = []
 
