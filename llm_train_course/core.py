@@ -751,7 +751,20 @@ def _load_optimizer(optimizer, tensors, numbers, groups):
                 entry[key] = inner.get_state_buffer(p, dtype=entry[key].dtype).copy_(entry[key])
 
 # %% ../nbs/00_core.ipynb #91583952
-def _save(accelerator, model, optimizer, progress, config, identity, root):
+def _layout_state(batches):
+    "What a live layout must find again after a resume: its tensors and its plain values. Empty for all others."
+    state = batches.state_dict() if hasattr(batches, "state_dict") else {}
+    return ({f"batches.{k}": v for k, v in state.items() if isinstance(v, Tensor)},
+            {k: v for k, v in state.items() if not isinstance(v, Tensor)})
+
+
+def _restore_layout(batches, tensors, values):
+    if hasattr(batches, "load_state_dict"):
+        prefix = "batches."
+        batches.load_state_dict({**{k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}, **values})
+
+# %% ../nbs/00_core.ipynb #13c1eb8b
+def _save(accelerator, model, optimizer, batches, progress, config, identity, root):
     "Write a checkpoint of the run as it stands, also in the middle of a global batch."
     name = f"step_{progress.step:08d}" + (f"_micro_{progress.micro:04d}" if progress.micro else "")
     draft, rank = root / f".draft-{name}", accelerator.process_index
@@ -771,6 +784,8 @@ def _save(accelerator, model, optimizer, progress, config, identity, root):
     if progress.micro:
         tensors |= {f"grad.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     meta["losses"] = [{k: float(v) for k, v in sums.items()} for sums in progress.losses]
+    made, meta["batches"] = _layout_state(batches)
+    tensors |= made
     _write_tensors(draft / f"rank_{rank:05d}.safetensors", tensors)
     (draft / f"rank_{rank:05d}.json").write_text(json.dumps(meta))
     accelerator.wait_for_everyone()
@@ -778,9 +793,9 @@ def _save(accelerator, model, optimizer, progress, config, identity, root):
         seal_checkpoint(draft, root / name, config.keep_checkpoints)
     accelerator.wait_for_everyone()
 
-# %% ../nbs/00_core.ipynb #13c1eb8b
-def _restore(accelerator, model, optimizer, identity, folder):
-    "Put model, optimizer, scaler, gradients and random states back; returns the progress."
+# %% ../nbs/00_core.ipynb #d91acd48
+def _restore(accelerator, model, optimizer, batches, identity, folder):
+    "Put model, optimizer, scaler, gradients, random states and live data back; returns the progress."
     meta, rank = json.loads((folder / "state.json").read_text()), accelerator.process_index
     for key, now in identity.items():
         if key != "frozen" and meta["identity"].get(key) != now:
@@ -802,6 +817,7 @@ def _restore(accelerator, model, optimizer, identity, folder):
         if f"grad.{name}" in tensors:
             p.grad = tensors[f"grad.{name}"].to(p.device)
     _set_rng_states({k[4:]: v for k, v in tensors.items() if k.startswith("rng.")}, ranks)
+    _restore_layout(batches, tensors, ranks.get("batches", {}))
     losses = [{k: torch.tensor(v) for k, v in sums.items()} for sums in ranks["losses"]]
     return _Progress(**{**meta["progress"], "losses": losses})
 
@@ -873,7 +889,8 @@ def total_steps(
     if config.max_steps:
         return config.max_steps
     size = config.grad_accum_steps * world_size
-    return sum(math.ceil(len(batches.plan(epoch)) / size) for epoch in range(config.epochs))
+    length = getattr(batches, "plan_length", lambda epoch: len(batches.plan(epoch)))
+    return sum(math.ceil(length(epoch) / size) for epoch in range(config.epochs))
 
 # %% ../nbs/00_core.ipynb #00b6da53
 class _Metrics:
@@ -990,6 +1007,16 @@ def _prepare_folder(run_dir, resume, is_main):
     return root
 
 # %% ../nbs/00_core.ipynb #a3ce44e4
+def _plan(batches, progress, save):
+    "The plan of this epoch. If live data cannot be made (a reward that raises), the steps so far are saved first."
+    try:
+        return batches.plan(progress.epoch)
+    except Exception:
+        if save and progress.step and hasattr(batches, "state_dict"):
+            save()
+        raise
+
+# %% ../nbs/00_core.ipynb #684277ff
 def fit(
     model,                                # a transformers or peft model; trained in place
     batches,                              # a layout: plan(epoch) and collate(item)
@@ -1008,30 +1035,31 @@ def fit(
     objective, optimizer = accelerator.prepare(_Objective(model, loss), adamw(model, config))
     identity, total = _identity(model, batches, config, world) if root else {}, total_steps(batches, config, world)
     found = latest_checkpoint(root) if resume else None
-    p = _restore(accelerator, model, optimizer, identity, found) if found else _Progress()
+    p = _restore(accelerator, model, optimizer, batches, identity, found) if found else _Progress()
+    save = lambda: _save(accelerator, model, optimizer, batches, p, config, identity, root)
     due = lambda every: every is not None and (p.step % every == 0 or p.step == total)
     result = FitResult(p.step, [], run_dir=Path(run_dir) if run_dir else None)
     epoch, windows = None, []
     with _Metrics(accelerator, model, config, result, total) as metrics, _stop_on_signal(root is not None) as stop:
         while p.step < total:
             if epoch != p.epoch:
-                epoch, windows = p.epoch, _windows(batches.plan(p.epoch), config.grad_accum_steps * world)
+                epoch, windows = p.epoch, _windows(_plan(batches, p, root and save), config.grad_accum_steps * world)
             start = time.perf_counter()  # of the training proper: evaluation and checkpoints are not counted
             mine = _my_batches(batches, windows[p.window], rank, world)
             n_targets, stopped = _all_sum(accelerator, [sum(b["n_targets"] for b in mine), stop()])
             if stopped or not _add_gradients(accelerator, objective, mine, n_targets, p, stop):
-                _save(accelerator, model, optimizer, p, config, identity, root)
+                save()
                 result.interrupted = True
                 break
             sums, norm, lr = _optimizer_step(accelerator, objective, optimizer, mine, p, config, total, run_dir)
             _advance(p, len(windows), sums, n_targets, time.perf_counter() - start)
             if p.step == 1 or due(config.log_every):
-                metrics.write(_log_row(p, lr, norm))
+                metrics.write(_log_row(p, lr, norm) | (batches.report() if hasattr(batches, "report") else {}))
             if eval_batches and (p.step == total or due(config.eval_every)):
                 scores = evaluate(model, eval_batches, loss, accelerator.autocast)
                 metrics.write({"step": p.step, **{f"eval_{k}": v for k, v in scores.items()}})
             if root and due(config.save_every):
-                _save(accelerator, model, optimizer, p, config, identity, root)
+                save()
             metrics.step(p.step)
     return result
 

@@ -331,6 +331,68 @@ def test_tracker_gets_what_metrics_jsonl_gets(tmp_path):
     assert logged == pytest.approx([r["loss"] for r in history], rel=1e-6)
 
 
+class Live(PaddedBatches):
+    "Rows cut to a length that the weights decide, by tensors that a resume must find again; fails when told to."
+
+    def __init__(self, m, fail_at=None):
+        super().__init__(ROWS, 3, shuffle=False)
+        self.model, self.fail_at, self.made, self._now = m, [fail_at], [], {"epoch": -1}
+
+    def plan_length(self, epoch):
+        return 3
+
+    def plan(self, epoch=0):
+        if epoch in self.fail_at:
+            raise ValueError(f"epoch {epoch}: the reward of row 3 is nan")
+        if self._now["epoch"] != epoch:
+            self.made.append(epoch)
+            cut = 3 + int(flat(self.model).abs().sum() * 1000) % 4
+            self._now = {"epoch": epoch, "ids": torch.tensor([row["input_ids"][:cut] for row in ROWS])}
+        self.examples = [{"input_ids": ids, "labels": ids} for ids in self._now["ids"].tolist()]
+        return super().plan(epoch)
+
+    def state_dict(self):
+        return self._now
+
+    def load_state_dict(self, state):
+        self._now = state
+
+    def report(self):
+        return {"length": self._now["ids"].shape[1]}
+
+
+def test_live_data_that_cannot_be_made_costs_no_step_and_resumes_bit_equal(tmp_path):
+    config = replace(CONFIG, max_steps=None, epochs=5, save_every=None, log_every=1, grad_accum_steps=1)
+    want = model(**DROPOUT)
+    rows = fit(want, (layout := Live(want)), config=config).history
+    assert layout.made == [0, 1, 2, 3, 4] and rows[-1]["step"] == 15
+    assert len({row["length"] for row in rows}) > 1  # the data did follow the weights
+    first = model(**DROPOUT)
+    with pytest.raises(ValueError, match="epoch 2: the reward of row 3 is nan"):
+        fit(first, Live(first, fail_at=2), config=config, run_dir=tmp_path)
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step_00000006"
+    got = model(**DROPOUT)
+    result = fit(got, (layout := Live(got)), config=config, run_dir=tmp_path, resume=True)
+    assert layout.made == [2, 3, 4] and result.step == 15
+    assert torch.equal(flat(got), flat(want))
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["length"] for row in logged] == [row["length"] for row in rows]
+
+
+def test_live_data_of_an_epoch_come_back_with_the_checkpoint_in_its_middle(tmp_path):
+    config = replace(CONFIG, max_steps=None, epochs=3, save_every=1, keep_checkpoints=20, grad_accum_steps=1)
+    want = model(**DROPOUT)
+    fit(want, Live(want), config=config, run_dir=tmp_path)
+    for step in (8, 6, 5):  # in the last epoch, at a border, in the one before
+        for newer in (tmp_path / "checkpoints").glob("step_*"):
+            if newer.name > f"step_{step:08d}":
+                shutil.rmtree(newer)
+        got = model(**DROPOUT)
+        fit(got, (layout := Live(got)), config=config, run_dir=tmp_path, resume=True)
+        assert layout.made == {8: [], 6: [2], 5: [2]}[step]
+        assert torch.equal(flat(got), flat(want))
+
+
 def _worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
