@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from execute import is_flagged  # noqa: E402
 
-NOTEBOOKS = ["00_core.ipynb", "01_stages.ipynb"]
+NOTEBOOKS = ["00_core.ipynb", "01_stages.ipynb", "03_lora.ipynb", "04_qlora.ipynb"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless",

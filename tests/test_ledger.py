@@ -216,7 +216,7 @@ def test_qualified_needs_both_sides():
 
 def test_cited():
     v = claim("lora.hypothesis").cited("2106.09685", says="a hypothesis")
-    assert v.source == "2106.09685" and "2106.09685: a hypothesis" in str(v)
+    assert v.cites == "2106.09685" and "2106.09685: a hypothesis" in str(v)
     claim("lora.hypothesis").cited(["2106.09685", "2012.13255"], "a hypothesis", measured=2)
     with pytest.raises(VerdictError, match="source 2305.14314; the row has 2106.09685, 2012.13255"):
         claim("lora.hypothesis").cited("2305.14314", "a hypothesis")

@@ -165,7 +165,7 @@ class Verdict:
     condition: str | None = None
     holds: Any = None
     fails: Any = None
-    source: Any = None
+    cites: Any = None  # arXiv numbers
     says: str | None = None
     seed: Any = None
     unit: Any = None
@@ -193,7 +193,7 @@ class Verdict:
         if "condition" in r:
             parts.append(f"holds if {r['condition']}")
         if "says" in r:
-            parts.append(f"{_text(r['source'])}: {r['says']}")
+            parts.append(f"{_text(r['cites'])}: {r['says']}")
         if "note" in r:
             parts.append(r["note"])
         if "seed" in r:
@@ -369,7 +369,7 @@ class Claim:
         if not says.strip():
             raise VerdictError(f"{who}: says is empty")
         measured = None if measured is None else _finite(plain(measured), who)
-        return _show(claim=self.id, verdict="cited", source=named[0] if len(named) == 1 else named, says=says, measured=measured, seed=seed, unit=unit, note=note)
+        return _show(claim=self.id, verdict="cited", cites=", ".join(named), says=says, measured=measured, seed=seed, unit=unit, note=note)
 
 
 def claim(id: str) -> Claim:
