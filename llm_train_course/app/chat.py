@@ -56,7 +56,7 @@ def chat(
     max_new_tokens: int = 256,
     system: str | None = None,
     seed: int = 0,
-    dtype: str = "fp32",
+    dtype: str | None = None,  # of the weights; None: fp32, or what a 4-bit base was made from
     cpu: bool = False,
 ) -> int:                   # exit code
     "A conversation in the terminal, or answers to the lines of stdin."
@@ -66,10 +66,9 @@ def chat(
         raise UserError(f"temperature must be at least 0, got {temperature}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    model, tokenizer = load_any(name, dtype)
-    model.eval()
-    if torch.cuda.is_available() and not cpu:
-        model.to("cuda")
+    device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+    model, tokenizer = load_any(name, dtype, device=device)
+    model.eval().to(device)
     torch.manual_seed(seed)
     talks = bool(tokenizer.chat_template)
     if system and not talks:

