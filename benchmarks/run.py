@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -92,24 +91,34 @@ def loss_large_vocabulary(repeat, folder):
             "loss, 49k vocabulary, frozen matrix": alternate(ours(frozen, False), plain(frozen), repeat)}
 
 
-BENCHES = {f.__name__: f for f in (loss_large_vocabulary, sft_tiny)}
+def benches() -> dict:
+    "All of them by name; those of the adapters have files of their own, which import this one."
+    import lora
+    import qlora
+
+    return {f.__name__: f for f in (loss_large_vocabulary, sft_tiny)} | lora.BENCHES | qlora.BENCHES
 
 
 def main():
+    known = benches()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(BENCHES), help=f"of {', '.join(BENCHES)}")
+    parser.add_argument("names", nargs="*", default=list(known), help=f"of {', '.join(known)}")
     parser.add_argument("--repeat", type=int, default=5)
     args = parser.parse_args()
+    if unknown := set(args.names) - set(known):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     import tempfile
+    import warnings
+    from importlib.metadata import version
 
-    import trl
+    warnings.filterwarnings("ignore", module="transformers|peft")
     RESULTS.mkdir(exist_ok=True)
     for name in args.names:
         with tempfile.TemporaryDirectory() as folder:
-            rows = BENCHES[name](args.repeat, folder)
-        report = {"what": BENCHES[name].__doc__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-                  "machine": platform.machine(), "torch": torch.__version__, "transformers": transformers.__version__,
-                  "trl": trl.__version__, "results": rows}
+            rows = known[name](args.repeat, folder)
+        report = {"what": known[name].__doc__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+                  "machine": platform.machine(), "torch": torch.__version__,
+                  **{name: version(name) for name in ("transformers", "trl", "peft", "bitsandbytes")}, "results": rows}
         (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         for what, row in rows.items():
             print(f"{what:50s} ours is {row['speedup_median']:.2f} times as fast ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})")
