@@ -995,6 +995,10 @@ def _log_row(p, lr, norm):
     return {"step": p.step, "epoch": p.epoch, **means, "lr": lr, "grad_norm": norm, "n_targets": int(n),
             "targets_per_second": round(n / seconds)}
 
+
+def _eval_row(scores):
+    return {f"eval_{name}": value for name, value in scores.items()}
+
 # %% ../nbs/00_core.ipynb #fb9c13cd
 def _prepare_folder(run_dir, resume, is_main):
     root = Path(run_dir) / "checkpoints" if run_dir else None
@@ -1056,8 +1060,7 @@ def fit(
             if p.step == 1 or due(config.log_every):
                 metrics.write(_log_row(p, lr, norm) | (batches.report() if hasattr(batches, "report") else {}))
             if eval_batches and (p.step == total or due(config.eval_every)):
-                scores = evaluate(model, eval_batches, loss, accelerator.autocast)
-                metrics.write({"step": p.step, **{f"eval_{k}": v for k, v in scores.items()}})
+                metrics.write({"step": p.step, **_eval_row(evaluate(model, eval_batches, loss, accelerator.autocast))})
             if root and due(config.save_every):
                 save()
             metrics.step(p.step)

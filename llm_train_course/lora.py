@@ -202,18 +202,12 @@ class LoRALinear(LowRankLinear):
         super().__init__(base, r, alpha, dropout, use_rslora)
         self.merged, self._before = False, None  # _before: the base as it was, while merged; no submodule
 
-    def forward(
-        self,
-        x: Tensor,  # (..., in)
-    ) -> Tensor:    # (..., out)
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) to (..., out)
         "As `LowRankLinear`; while merged, the base alone."
         return self.base_layer(x) if self.merged else super().forward(x)
 
     @torch.no_grad()
-    def merge(
-        self,
-        keep: bool = True,  # keep the original, for `unmerge`; False frees it
-    ) -> None:
+    def merge(self, keep: bool = True) -> None:  # keep: hold the original, for `unmerge`; False frees it
         "Add the update to the base's weight. A second call adds nothing."
         if not self.merged:
             self._before = (_replace_weight(self.base_layer, _merged_weight(self)),)  # a tuple, or it would be a submodule

@@ -761,10 +761,13 @@ def save_quantized(
         if getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(f"bitsandbytes has repacked {name} for evaluation and rounded its constants to bfloat16: "
                              "save before evaluating")
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} is or holds the current folder, and would be replaced as a whole: name another one")
     draft, old = (folder.with_name(f".{kind}-{folder.name}-{os.getpid()}") for kind in ("draft", "old"))
     for path in (draft, old):
         shutil.rmtree(path, ignore_errors=True)
+    vars(model).pop("_weight_conversions", None)  # of from_pretrained: transformers cannot undo them, and there is nothing to undo
     model.save_pretrained(draft)
     if folder.exists():
         os.replace(folder, old)

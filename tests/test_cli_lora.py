@@ -176,7 +176,7 @@ def test_quantized_while_it_is_read_or_afterwards(dtype, quant_type, double, her
     assert not hasattr(after, "hf_quantizer")
     assert torch.equal(logits(read), logits(after))
     torch.testing.assert_close(logits(ours), logits(after), rtol=0, atol=1e-5 if dtype == "fp32" else 0.02)
-    for name, layer in adapters.coded(read).items():
+    for name, layer in adapters.quantized_layers(read).items():
         assert torch.equal(layer.weight.flatten(), ours.get_submodule(name).weight.flatten())
     assert {n: (p.dtype, p.requires_grad and "layers" in n and p.ndim > 1) for n, p in read.named_parameters()} == {
         n: (p.dtype, False) for n, p in after.named_parameters()}

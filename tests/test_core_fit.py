@@ -310,13 +310,24 @@ def test_bad_input_is_named():
         evaluate(model(), PaddedBatches([{"input_ids": [5, 6], "labels": [-100, -100]}], 1))
 
 
-def test_training_mode_and_hooks_are_put_back(tmp_path):
+def test_training_mode_hooks_and_signal_handlers_are_put_back(tmp_path):
     m = model().eval()
-    forward = m.forward
-    fit(m, PaddedBatches(ROWS, 2), config=replace(CONFIG, precision="bf16", max_steps=1))
+    forward, mine = m.forward, lambda number, frame: None
+    inside, before = [], {number: signal.signal(number, mine) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def watched(model, batch):
+        inside.append([signal.getsignal(number) is mine for number in before])
+        return lm_loss(model, batch)
+
+    try:
+        fit(m, PaddedBatches(ROWS, 2), watched, replace(CONFIG, precision="bf16", max_steps=1), run_dir=tmp_path)
+        after = [signal.getsignal(number) is mine for number in before]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert inside[0] == [False, False] and after == [True, True]
     assert not m.training and m.forward == forward
     assert m(torch.tensor([[5, 6]])).logits.dtype == torch.float32  # no autocast stays behind
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_tracker_gets_what_metrics_jsonl_gets(tmp_path):

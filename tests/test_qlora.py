@@ -840,6 +840,21 @@ def test_a_model_that_came_from_a_file_is_dense_in_every_respect_afterwards(tmp_
 
 
 @pytest.mark.parametrize("backend", ["own", "bitsandbytes"])
+def test_a_loaded_checkpoint_can_be_saved_again_but_not_under_ones_feet(tmp_path, monkeypatch, backend):
+    model = llama(hidden_size=64, intermediate_size=128, n_heads=4)
+    quantize_model(model)
+    expected = logits(model)
+    save_quantized(model, tmp_path / "first")
+    save_quantized(load_quantized(tmp_path / "first", backend), tmp_path / "second")
+    assert torch.equal(logits(load_quantized(tmp_path / "second", "own")), expected)
+    monkeypatch.chdir(tmp_path / "second")
+    for folder in (".", tmp_path):
+        with pytest.raises(ValueError, match="is or holds the current folder"):
+            save_quantized(model, folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "second"]
+
+
+@pytest.mark.parametrize("backend", ["own", "bitsandbytes"])
 def test_generation_settings_come_back(tmp_path, backend):
     model = llama()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [5, 7], 3

@@ -18,7 +18,7 @@ from torch import nn
 
 from llm_train_course.app import runs
 from llm_train_course.app.runs import UserError
-from llm_train_course.lora import LoRALinear, add_lora, dense_weight, load_adapter, lora_layers
+from llm_train_course.lora import add_lora, dense_weight, load_adapter, lora_layers
 from llm_train_course.qlora import BLOCKSIZES, quantize_model, quantized_layers
 
 QUANTIZATION = "quantization.json"
@@ -162,17 +162,12 @@ def quantized(
     return _steady(model)
 
 
-def coded(model) -> dict[str, nn.Module]:
-    "The 4-bit layers by name, those under an adapter too (LoRALinear shows its base's weight as its own)."
-    return {n: m for n, m in quantized_layers(model).items() if not isinstance(m, LoRALinear)}
-
-
 def _steady(model):
     """bitsandbytes' CPU kernels, kept to what they get right.
 
     One repacks codes in place at the first evaluation: a checkpoint's fingerprint of the base would change. One decodes
     rows that do not end with a block by the constants of other blocks (seen in 0.50.2)."""
-    for name, layer in coded(model).items():
+    for name, layer in quantized_layers(model).items():
         if layer.weight.device.type != "cpu" or not hasattr(layer.weight, "quant_state"):
             continue
         layer.support_avx512bf16_for_cpu = False
@@ -186,7 +181,7 @@ def weight_bytes(
     model,
 ) -> int:
     "Bytes of the base's weights in memory, constants and tables of 4-bit layers counted; adapters are not."
-    found = coded(model)
+    found = quantized_layers(model)
     codes = {id(m.weight) for m in found.values()}
     total = sum(p.numel() * p.element_size() for n, p in model.named_parameters()
                 if id(p) not in codes and not n.endswith((".lora_A", ".lora_B")))
@@ -225,7 +220,7 @@ def with_adapter(
 def _linear_names(model):
     head = model.get_output_embeddings()
     return ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules()
-                             if (isinstance(m, nn.Linear) or n in coded(model)) and m is not head}))
+                             if (isinstance(m, nn.Linear) or n in quantized_layers(model)) and m is not head}))
 
 
 def put_on(
@@ -299,7 +294,7 @@ def make_dense(
 
     A merged 4-bit layer is not quantized again: rounded to sixteen levels once more, it would be another model."""
     adapted = lora_layers(model)
-    codes = coded(model)
+    codes = quantized_layers(model)
     inside = {f"{name}.base_layer" for name in adapted}
     found = {**adapted, **{n: m for n, m in codes.items() if n not in inside}}
     for name, layer in found.items():
@@ -339,7 +334,7 @@ def merged(
     if base.config.tie_word_embeddings and any(hasattr(m, "base_layer") for m in (base.get_input_embeddings(), base.get_output_embeddings())):
         raise UserError(f"model: the adapter {source} changes an embedding that is also the output matrix: merged, it would be "
                         "another model; fine-tune its base with other lora.targets")
-    if coded(base):
+    if quantized_layers(base):
         raise UserError(f"model: the adapter {source} needs peft, which would merge it into 4 bits again")
     model = model.merge_and_unload().requires_grad_(True)  # peft leaves the base frozen
     return model.to(dtype) if dtype else model
