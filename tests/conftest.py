@@ -18,3 +18,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    "The models that runs of the command line saved, as they were in memory."
+    from llm_train_course.app import runs
+
+    found, save = [], runs.save_trained
+    monkeypatch.setattr(runs, "save_trained", lambda run, model, *rest: found.append(model) or save(run, model, *rest))
+    return found

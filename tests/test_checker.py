@@ -18,6 +18,20 @@ U = "up = lambda a, b: -(-a // b); b = up(n, blocksize)\n    "
 C = "c = [v for b in packed for v in (b >> 4, b & 15)]\n    "
 Y = "size = [n_linear * 4.126953125 / 8, 2 * n_other, 4 * n_adapter, 4 * n_adapter, 8 * n_adapter]\n    "
 
+# How wrong answers of chapters 5, 6 and 7 begin.
+TOKENS = "R = list(zip(range(len(mask)), logps, ref_logps, mask)); last = max(t for t, m in enumerate(mask) if m)\n    "
+BACKWARDS = "out, a, nxt = [0.0] * len(rewards), 0.0, None\n    for t in reversed(range(len(rewards))):\n        if not mask[t]: continue\n        "
+RATIO = "import math\n    r, a = math.exp(logp - old_logp), advantage; c = min(max(r, 1 - clip_eps), 1 + clip_eps)\n    "
+GROUPS = "import statistics as s\n    G = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]\n    "
+TILT = "import math\n    norm = lambda w: [x / sum(w) for x in w]\n    "
+PAIR = "import math\n    c, r, cr, rr = policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp\n    F = lambda x: max(x, 0) + math.log1p(math.exp(-abs(x))); S = lambda x: math.exp(-F(-x))\n    "
+IPO = "h = chosen_logratio - rejected_logratio\n    "
+SIMPO = "import math\n    m = lambda x: sum(x) / len(x); F = lambda x: max(x, 0) + math.log1p(math.exp(-abs(x)))\n    "
+STEP = "import torch\n    E, h, c, r = torch.tensor(embeddings), torch.tensor(hidden), chosen, rejected; p = (E @ h).softmax(0); s = E[c] - E[r]\n    "
+SOFT = "import torch; import torch.nn.functional as F\n    y = torch.tensor(labels); keep = y != -100; y = y[keep]; T, n = temperature, max(len(y), 1)\n    z, t = torch.tensor(student_logits)[keep], torch.tensor(teacher_logits)[keep]; logq, p = (z / T).log_softmax(-1), (t / T).softmax(-1)\n    hard, soft = F.cross_entropy(z, y, reduction='sum'), F.kl_div(logq, p, reduction='sum')\n    "
+KLS = "import math\n    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q) if a)\n    "
+TOP = "import math\n    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q) if a > 0)\n    rank = lambda x: sorted(range(len(x)), key=lambda i: -x[i]); kept = lambda x, top: [x[i] for i in top]\n    "
+DRAFT = "a = sum(min(p, q) for p, q in zip(teacher, student)); tokens = lambda a: sum(a**k for k in range(n_draft + 1))\n    "
 
 # Plausible wrong answers: (what is wrong, source, words of the property that must catch it).
 WRONG = {
@@ -189,6 +203,248 @@ WRONG = {
         ("a master copy as well", Y + "size[4] = 12 * n_adapter\n    return [b / 1e9 for b in size]", "its moments 8"),
         ("16-bit adapters", Y + "size[2] = 2 * n_adapter\n    return [b / 1e9 for b in size]", "its moments 8"),
     ],
+    "05.1": [
+        ("the KL as a bonus", TOKENS + "return [(beta * (p - q) + (score if t == last else 0.0)) if m else 0.0 for t, p, q, m in R]", "pays for it"),
+        ("the KL without beta", TOKENS + "return [(q - p + (score if t == last else 0.0)) if m else 0.0 for t, p, q, m in R]", "pays for it"),
+        ("the KL at the last token only", TOKENS + "k = sum(p - q for _, p, q, m in R if m)\n    return [(score - beta * k) if t == last else 0.0 for t, *_ in R]", "pays for it"),
+        ("no KL at the last token", TOKENS + "return [(score if t == last else beta * (q - p)) if m else 0.0 for t, p, q, m in R]", "pays for it"),
+        ("an absolute difference", TOKENS + "return [(score * (t == last) - beta * abs(p - q)) if m else 0.0 for t, p, q, m in R]", "pays for it"),
+        ("the score at every token", TOKENS + "return [(score - beta * (p - q)) if m else 0.0 for t, p, q, m in R]", "at the last token"),
+        ("the score spread over the answer", TOKENS + "return [(score / sum(mask) - beta * (p - q)) if m else 0.0 for t, p, q, m in R]", "at the last token"),
+        ("the score in the last column", TOKENS + "return [(beta * (q - p) if m else 0.0) + (score if t == len(mask) - 1 else 0.0) for t, p, q, m in R]", "by the mask"),
+        ("the number of tokens for the last one", TOKENS + "return [(beta * (q - p) if m else 0.0) + (score if t == sum(mask) - 1 else 0.0) for t, p, q, m in R]", "by the mask"),
+        ("padding multiplied by zero", TOKENS + "return [-beta * (p - q) * m + score * (t == last) for t, p, q, m in R]", "padded position"),
+        ("padding not masked", TOKENS + "return [-beta * (p - q) + score * (t == last) for t, p, q, m in R]", "padded position"),
+    ],
+    "05.2": [
+        ("a value after the end", BACKWARDS + "nxt = values[t] if nxt is None else nxt\n        a = rewards[t] + gamma * nxt - values[t] + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "the value is 0"),
+        ("the sign of the value", BACKWARDS + "a = rewards[t] + gamma * (nxt or 0) + values[t] + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "the value is 0"),
+        ("value minus reward", BACKWARDS + "a = values[t] - rewards[t] - gamma * (nxt or 0) + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "the value is 0"),
+        ("returns for advantages", BACKWARDS + "a = rewards[t] + gamma * (nxt or 0) - values[t] + gamma * lam * a\n        out[t], nxt = a + values[t], values[t]\n    return out", "the value is 0"),
+        ("no baseline", BACKWARDS + "a = rewards[t] + gamma * lam * a\n        out[t] = a\n    return out", "the value is 0"),
+        ("the next value not discounted", BACKWARDS + "a = rewards[t] + (nxt or 0) - values[t] + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "one-step error"),
+        ("the next value weighted with lam", BACKWARDS + "a = rewards[t] + gamma * lam * (nxt or 0) - values[t] + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "one-step error"),
+        ("one step only", BACKWARDS + "out[t], nxt = rewards[t] + gamma * (nxt or 0) - values[t], values[t]\n    return out", "rewards to come"),
+        ("errors weighted with lam only", BACKWARDS + "a = rewards[t] + gamma * (nxt or 0) - values[t] + lam * a\n        out[t], nxt = a, values[t]\n    return out", "lam = 1"),
+        ("errors weighted with gamma only", BACKWARDS + "a = rewards[t] + gamma * (nxt or 0) - values[t] + gamma * a\n        out[t], nxt = a, values[t]\n    return out", "lam = 0"),
+        ("from the front", "out, a = [], 0.0\n    for t in range(len(rewards)):\n        v = values[t + 1] if t + 1 < len(values) else 0.0\n        a = mask[t] * (rewards[t] + gamma * v - values[t]) + gamma * lam * a\n        out.append(a)\n    return out", "lam = 1"),
+        ("mask ignored", "out, a, nxt = [0.0] * len(rewards), 0.0, 0.0\n    for t in reversed(range(len(rewards))):\n        a = rewards[t] + gamma * nxt - values[t] + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "padding on either side"),
+        ("only the result masked", "out, a, nxt = [0.0] * len(rewards), 0.0, 0.0\n    for t in reversed(range(len(rewards))):\n        a = rewards[t] + gamma * nxt - values[t] + gamma * lam * a\n        out[t], nxt = (a if mask[t] else 0.0), values[t]\n    return out", "padding on either side"),
+        ("the errors masked by a product", "out, a, nxt = [0.0] * len(rewards), 0.0, 0.0\n    for t in reversed(range(len(rewards))):\n        a = mask[t] * (rewards[t] + gamma * nxt - values[t]) + gamma * lam * a\n        out[t], nxt = a, values[t]\n    return out", "padding on either side"),
+    ],
+    "05.3": [
+        ("a loss", RATIO + "v, g = (r * a, r * a) if r * a <= c * a else (c * a, 0.0)\n    return -v, -g", "before the first step"),
+        ("a difference for the ratio", "r, a = logp - old_logp, advantage; c = min(max(r, 1 - clip_eps), 1 + clip_eps)\n    return (r * a, r * a) if r * a <= c * a else (c * a, 0.0)", "before the first step"),
+        ("the ratio upside down", "import math\n    r, a = math.exp(old_logp - logp), advantage; c = min(max(r, 1 - clip_eps), 1 + clip_eps)\n    return (r * a, r * a) if r * a <= c * a else (c * a, 0.0)", "inside the interval"),
+        ("the gradient without the ratio", RATIO + "return (r * a, a) if r * a <= c * a else (c * a, 0.0)", "inside the interval"),
+        ("no clipping", RATIO + "return r * a, r * a", "gains nothing more"),
+        ("the larger of the two", RATIO + "return (r * a, r * a) if r * a >= c * a else (c * a, 0.0)", "gains nothing more"),
+        ("the gradient passes through the clip", RATIO + "return min(r * a, c * a), r * a", "gains nothing more"),
+        ("the advantage clipped", RATIO + "e = max(-clip_eps, min(clip_eps, a))\n    return (r * a, r * a) if abs(r - 1) < clip_eps else (r * e, 0.0)", "gains nothing more"),
+        ("only the upper end clips", RATIO + "c = min(r, 1 + clip_eps)\n    return (r * a, r * a) if r * a <= c * a else (c * a, 0.0)", "a bad token below"),
+        ("only the lower end clips", RATIO + "c = max(r, 1 - clip_eps)\n    return (r * a, r * a) if r * a <= c * a else (c * a, 0.0)", "a good token above"),
+        ("the log-ratio clipped", "import math\n    d, a = logp - old_logp, advantage; r, c = math.exp(d), math.exp(min(max(d, -clip_eps), clip_eps))\n    return (r * a, r * a) if r * a <= c * a else (c * a, 0.0)", "gains nothing more"),
+        ("clipped on both sides, without the minimum", RATIO + "return (r * a, r * a) if c == r else (c * a, 0.0)", "is not clipped"),
+        ("the advantage's size, not its sign", RATIO + "return (r * a, r * a) if r * abs(a) <= c * abs(a) else (c * a, 0.0)", "a bad token below"),
+    ],
+    "05.4": [
+        ("the mean of the batch", "import statistics as s\n    m = s.fmean(rewards)\n    return [(r - m) / (s.stdev(rewards) + 1e-4 if scale else 1) for r in rewards]", "its own group"),
+        ("leave one out", GROUPS + "return [x for g in G for x in ((len(g) * (r - s.fmean(g)) / (len(g) - 1)) / (s.stdev(g) + 1e-4 if scale else 1) for r in g)]", "its own group"),
+        ("the group every n-th answer", "import statistics as s\n    k = len(rewards) // group_size\n    G = [rewards[i::k] for i in range(k)]\n    return [(r - s.fmean(G[i % k])) / (s.stdev(G[i % k]) + 1e-4 if scale else 1) for i, r in enumerate(rewards)]", "its own group"),
+        ("the best of the group", GROUPS + "return [x for g in G for x in ((r - max(g)) / (s.stdev(g) + 1e-4 if scale else 1) for r in g)]", "its own group"),
+        ("mean minus reward", GROUPS + "return [x for g in G for x in ((s.fmean(g) - r) / (s.stdev(g) + 1e-4 if scale else 1) for r in g)]", "its own group"),
+        ("scaled always", GROUPS + "return [x for g in G for x in ((r - s.fmean(g)) / (s.stdev(g) + 1e-4) for r in g)]", "its own group"),
+        ("never scaled", GROUPS + "return [r - s.fmean(g) for g in G for r in g]", "deviation"),
+        ("the biased deviation", GROUPS + "return [x for g in G for x in ((r - s.fmean(g)) / (s.pstdev(g) + 1e-4 if scale else 1) for r in g)]", "n − 1"),
+        ("the variance", GROUPS + "return [x for g in G for x in ((r - s.fmean(g)) / (s.variance(g) + 1e-4 if scale else 1) for r in g)]", "n − 1"),
+        ("the deviation of the batch", GROUPS + "return [x for g in G for x in ((r - s.fmean(g)) / (s.stdev(rewards) + 1e-4 if scale else 1) for r in g)]", "its own deviation"),
+        ("divided by zero", GROUPS + "return [x for g in G for x in ((r - s.fmean(g)) / (s.stdev(g) if scale else 1) for r in g)]", "n − 1"),
+        ("another constant", GROUPS + "return [x for g in G for x in ((r - s.fmean(g)) / (s.stdev(g) + 1e-2 if scale else 1) for r in g)]", "n − 1"),
+        ("a flat group gets its reward", GROUPS + "return [x for g in G for x in (g if len(set(g)) == 1 and g[0] else [(r - s.fmean(g)) / (s.stdev(g) + 1e-4 if scale else 1) for r in g])]", "teaches nothing"),
+    ],
+    "05.5": [
+        ("reference minus policy", "import math\n    k = ref_logp - logp\n    return [k, k * k / 2, math.exp(-k) - 1 + k]", "log-ratio of policy to reference"),
+        ("k1 without its sign", "import math\n    k = logp - ref_logp\n    return [abs(k), k * k / 2, math.exp(-k) - 1 + k]", "log-ratio of policy to reference"),
+        ("k2 without the half", "import math\n    k = logp - ref_logp\n    return [k, k * k, math.exp(-k) - 1 + k]", "half its square"),
+        ("k3 without the log-ratio", "import math\n    k = logp - ref_logp\n    return [k, k * k / 2, math.exp(-k) - 1]", "never negative"),
+        ("k3 with the log-ratio's sign turned", "import math\n    k = logp - ref_logp\n    return [k, k * k / 2, math.exp(-k) - 1 - k]", "never negative"),
+        ("k3 without the minus 1", "import math\n    k = logp - ref_logp\n    return [k, k * k / 2, math.exp(-k) + k]", "all three are zero"),
+        ("k3 for the other direction", "import math\n    k = logp - ref_logp\n    return [k, k * k / 2, math.exp(k) - 1 - k]", "averaged over"),
+        ("k3 times the ratio", "import math\n    k = logp - ref_logp\n    return [k, k * k / 2, k * math.exp(k) - math.exp(k) + 1]", "averaged over"),
+        ("k2 for k3", "k = logp - ref_logp\n    return [k, k * k / 2, k * k / 2]", "averaged over"),
+        ("k1 clipped at zero for k3", "k = logp - ref_logp\n    return [k, k * k / 2, max(k, 0.0)]", "averaged over"),
+        ("a difference of probabilities", "import math\n    k = math.exp(logp) - math.exp(ref_logp)\n    return [k, k * k / 2, math.exp(-k) - 1 + k]", "log-ratio of policy to reference"),
+    ],
+    "05.6": [
+        ("not normalised", TILT + "return [p * math.exp(r / beta) for p, r in zip(ref_probs, rewards)]", "sum 1"),
+        ("logits for probabilities", TILT + "return [math.log(p) + r / beta if p else 0.0 for p, r in zip(ref_probs, rewards)]", "sum 1"),
+        ("the reference forgotten", TILT + "return norm([math.exp(r / beta) for r in rewards])", "higher objective"),
+        ("times beta", TILT + "return norm([p * math.exp(r * beta) for p, r in zip(ref_probs, rewards)])", "higher objective"),
+        ("the reward's sign", TILT + "return norm([p * math.exp(-r / beta) for p, r in zip(ref_probs, rewards)])", "higher objective"),
+        ("the best answer", TILT + "k = max(range(len(rewards)), key=lambda i: rewards[i])\n    return [1 - 1e-9 if i == k else 1e-9 for i in range(len(rewards))]", "higher objective"),
+        ("the divergence the other way round", TILT + "m = max(rewards)\n    return norm([p / (1 + (m - r) / beta) for p, r in zip(ref_probs, rewards)])", "higher objective"),
+        ("beta on the reference", TILT + "return norm([p**beta * math.exp(r) for p, r in zip(ref_probs, rewards)])", "higher objective"),
+        ("a mixture", TILT + "e = norm([math.exp(r / beta) for r in rewards])\n    return [(p + q) / 2 for p, q in zip(ref_probs, e)]", "higher objective"),
+        ("a probability of zero raised", TILT + "m = max(rewards)\n    return norm([max(p, 1e-3) * math.exp((r - m) / beta) for p, r in zip(ref_probs, rewards)])", "never gives"),
+        ("the logarithm of zero", TILT + "return norm([math.exp(math.log(p) + r / beta) for p, r in zip(ref_probs, rewards)])", "never gives"),
+        ("overflow", TILT + "return norm([p * math.exp(r / beta) for p, r in zip(ref_probs, rewards)])", "overflow"),
+        ("rewards clipped", TILT + "return norm([p * math.exp(max(-50, min(50, r / beta))) for p, r in zip(ref_probs, rewards)])", "overflow"),
+    ],
+    "06.1": [
+        ("reference minus policy", "return beta * sum(q - p for p, q, m in zip(logps, ref_logps, mask) if m)", "log π_ref"),
+        ("without the reference", "return beta * sum(p for p, m in zip(logps, mask) if m)", "the policy is the reference"),
+        ("divided by beta", "return sum(p - q for p, q, m in zip(logps, ref_logps, mask) if m) / beta", "log π_ref"),
+        ("without beta", "return float(sum(p - q for p, q, m in zip(logps, ref_logps, mask) if m))", "log π_ref"),
+        ("a ratio of log-probabilities", "return beta * (sum(p for p, m in zip(logps, mask) if m) / sum(q for q, m in zip(ref_logps, mask) if m) - 1)", "log π_ref"),
+        ("a difference of probabilities", "import math\n    t = lambda x: math.exp(sum(p for p, m in zip(x, mask) if m))\n    return beta * (t(logps) - t(ref_logps))", "log π_ref"),
+        ("the mean a token", "return beta * sum(p - q for p, q, m in zip(logps, ref_logps, mask) if m) / sum(mask)", "the tokens of the answer count"),
+        ("the prompt too", "return beta * sum(p - q for p, q in zip(logps, ref_logps))", "the tokens of the answer count"),
+        ("masked by a product", "return beta * sum((p - q) * m for p, q, m in zip(logps, ref_logps, mask))", "the tokens of the answer count"),
+        ("only the policy masked", "return beta * (sum(p for p, m in zip(logps, mask) if m) - sum(ref_logps))", "the policy is the reference"),
+        ("the last token only", "t = max(i for i, m in enumerate(mask) if m)\n    return beta * (logps[t] - ref_logps[t])", "the tokens of the answer count"),
+    ],
+    "06.2": [
+        ("without the reference", PAIR + "m = beta * (c - r)\n    return [F(-m), -beta * S(-m), beta * S(-m)]", "before the first step"),
+        ("the reference added", PAIR + "m = beta * (c + cr - r - rr)\n    return [F(-m), -beta * S(-m), beta * S(-m)]", "before the first step"),
+        ("beta outside the logarithm", PAIR + "m = (c - cr) - (r - rr)\n    return [beta * F(-m), -beta * S(-m), beta * S(-m)]", "before the first step"),
+        ("the likelihood, not its negative", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [-F(-m), beta * S(-m), -beta * S(-m)]", "before the first step"),
+        ("derivatives without beta", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [F(-m), -S(-m), S(-m)]", "before the first step"),
+        ("the derivatives exchanged", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [F(-m), beta * S(-m), -beta * S(-m)]", "before the first step"),
+        ("the rejected answer left alone", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [F(-m), -beta * S(-m), 0.0]", "before the first step"),
+        ("chosen and rejected exchanged", PAIR + "m = beta * ((r - rr) - (c - cr))\n    return [F(-m), -beta * S(-m), beta * S(-m)]", "implicit rewards"),
+        ("without beta", PAIR + "m = (c - cr) - (r - rr)\n    return [F(-m), -beta * S(-m), beta * S(-m)]", "implicit rewards"),
+        ("divided by beta", PAIR + "m = ((c - cr) - (r - rr)) / beta\n    return [F(-m), -beta * S(-m), beta * S(-m)]", "implicit rewards"),
+        ("the references exchanged", PAIR + "m = beta * ((c - rr) - (r - cr))\n    return [F(-m), -beta * S(-m), beta * S(-m)]", "before the first step"),
+        ("the weight of a right order", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [F(-m), -beta * S(m), beta * S(m)]", "the derivatives are"),
+        ("no weight", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [F(-m), -beta / 2, beta / 2]", "the derivatives are"),
+        ("the hinge", PAIR + "m = beta * ((c - cr) - (r - rr))\n    return [max(0.0, math.log(2) - m), -beta / 2, beta / 2]", "implicit rewards"),
+        ("overflow", "import math\n    m = beta * ((policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)); s = 1 / (1 + math.exp(-m))\n    return [-math.log(s), beta * (s - 1), beta * (1 - s)]", "hundreds"),
+        ("a small constant in the logarithm", "import math\n    m = beta * ((policy_chosen_logp - ref_chosen_logp) - (policy_rejected_logp - ref_rejected_logp)); s = 1 / (1 + math.exp(-m)) if m > -700 else 0.0\n    return [-math.log(s + 1e-10), beta * (s - 1), beta * (1 - s)]", "hundreds"),
+    ],
+    "06.3": [
+        ("a target of 1/beta", IPO + "d = h - 1 / beta\n    return [d * d, 2 * d, -2 * d]", "the loss is 0"),
+        ("a target of beta/2", IPO + "d = h - beta / 2\n    return [d * d, 2 * d, -2 * d]", "the loss is 0"),
+        ("a target of 1/2 for beta times the difference", IPO + "d = beta * h - 0.5\n    return [d * d, 2 * d, -2 * d]", "short of the target"),
+        ("no target", IPO + "return [h * h, 2 * h, -2 * h]", "the loss is 0"),
+        ("a target of minus 1/(2 beta)", IPO + "d = h + 1 / (2 * beta)\n    return [d * d, 2 * d, -2 * d]", "the loss is 0"),
+        ("rejected minus chosen", IPO + "d = -h - 1 / (2 * beta)\n    return [d * d, -2 * d, 2 * d]", "the loss is 0"),
+        ("half the square", IPO + "d = h - 1 / (2 * beta)\n    return [d * d / 2, d, -d]", "short of the target"),
+        ("the absolute distance", IPO + "d = h - 1 / (2 * beta); s = (d > 0) - (d < 0)\n    return [abs(d), s, -s]", "short of the target"),
+        ("derivatives of one sign", IPO + "d = h - 1 / (2 * beta)\n    return [d * d, 2 * d, 2 * d]", "short of the target"),
+        ("the derivative without the 2", IPO + "d = h - 1 / (2 * beta)\n    return [d * d, d, -d]", "short of the target"),
+        ("nothing beyond the target", IPO + "d = min(h - 1 / (2 * beta), 0.0)\n    return [d * d, 2 * d, -2 * d]", "beyond the target"),
+        ("DPO's loss", IPO + "import math\n    s = 1 / (1 + math.exp(beta * h))\n    return [math.log1p(math.exp(-beta * h)), -beta * s, beta * s]", "the loss is 0"),
+        ("the chosen answer held", IPO + "d = h - 1 / (2 * beta); x = max(0.0, -chosen_logratio)\n    return [d * d + x * x, 2 * d - 2 * x, -2 * d]", "the loss is 0"),
+    ],
+    "06.4": [
+        ("sums", SIMPO + "return F(gamma - beta * (sum(chosen_logps) - sum(rejected_logps)))", "likely a token"),
+        ("gamma added", SIMPO + "return F(-gamma - beta * (m(chosen_logps) - m(rejected_logps)))", "difference of gamma"),
+        ("gamma times beta", SIMPO + "return F(beta * gamma - beta * (m(chosen_logps) - m(rejected_logps)))", "difference of gamma"),
+        ("gamma over beta", SIMPO + "return F(gamma / beta - beta * (m(chosen_logps) - m(rejected_logps)))", "difference of gamma"),
+        ("no gamma", SIMPO + "return F(-beta * (m(chosen_logps) - m(rejected_logps)))", "difference of gamma"),
+        ("no beta", SIMPO + "return F(gamma - (m(chosen_logps) - m(rejected_logps)))", "difference of gamma"),
+        ("the sign of the margin", SIMPO + "return F(gamma + beta * (m(chosen_logps) - m(rejected_logps)))", "difference of gamma"),
+        ("one common length", SIMPO + "n = max(len(chosen_logps), len(rejected_logps))\n    return F(gamma - beta * (sum(chosen_logps) - sum(rejected_logps)) / n)", "likely a token"),
+        ("both over the length of the chosen", SIMPO + "n = len(chosen_logps)\n    return F(gamma - beta * (sum(chosen_logps) - sum(rejected_logps)) / n)", "likely a token"),
+        ("the common part only", SIMPO + "n = min(len(chosen_logps), len(rejected_logps))\n    return F(gamma - beta * (sum(chosen_logps[:n]) - sum(rejected_logps[:n])) / n)", "own tokens"),
+        ("a mean of probabilities", SIMPO + "p = lambda x: m([math.exp(v) for v in x])\n    return F(gamma - beta * (math.log(p(chosen_logps)) - math.log(p(rejected_logps))))", "own tokens"),
+        ("divided by the square root of the length", SIMPO + "q = lambda x: sum(x) / len(x) ** 0.5\n    return F(gamma - beta * (q(chosen_logps) - q(rejected_logps)))", "likely a token"),
+        ("a hinge", SIMPO + "return max(0.0, gamma + math.log(2) - beta * (m(chosen_logps) - m(rejected_logps)))", "likely a token"),
+    ],
+    "06.5": [
+        ("the rate of the margin", STEP + "return float(s @ s)", "unrelated embeddings"),
+        ("the normaliser forgotten", STEP + "return float(E[c] @ s)", "unrelated embeddings"),
+        ("the rejected answer's rate", STEP + "return float((E[r] - p @ E) @ s)", "unrelated embeddings"),
+        ("all tokens alike", STEP + "return float((E[c] - E.mean(0)) @ s)", "unrelated embeddings"),
+        ("the sign", STEP + "return float((p @ E - E[c]) @ s)", "unrelated embeddings"),
+        ("the probability, not its logarithm", STEP + "return float(p[c] * ((E[c] - p @ E) @ s))", "unrelated embeddings"),
+        ("a step towards the chosen only", STEP + "return float((E[c] - p @ E) @ (E[c] - p @ E))", "unrelated embeddings"),
+        ("a step away from the rejected", STEP + "return float((E[c] - p @ E) @ (p @ E - E[r]))", "unrelated embeddings"),
+        ("only the pair in the normaliser", STEP + "q = (E @ h)[[c, r]].softmax(0)\n    return float((E[c] - q @ E[[c, r]]) @ s)", "unrelated embeddings"),
+        ("one-hot embeddings assumed", STEP + "return float(1 - p[c] + p[r])", "look alike"),
+        ("never negative", STEP + "return max(0.0, float((E[c] - p @ E) @ s))", "look alike"),
+        ("the embeddings normalised", STEP + "U = E / E.norm(dim=1, keepdim=True).clamp(min=1e-9)\n    return float((U[c] - p @ U) @ (U[c] - U[r]))", "look alike"),
+    ],
+    "07.1": [
+        ("alpha exchanged", SOFT + "return ((1 - alpha) * hard + alpha * T * T * soft) / n", "alpha = 1"),
+        ("the cross-entropy at temperature T", SOFT + "hard = F.cross_entropy(z / T, y, reduction='sum')\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "alpha = 1"),
+        ("T² on both terms", SOFT + "return T * T * (alpha * hard + (1 - alpha) * soft) / n", "alpha = 1"),
+        ("cross-entropy for the divergence", SOFT + "soft = -(p * logq).sum()\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "equal to the teacher"),
+        ("the divergence the other way round", SOFT + "soft = (logq.exp() * (logq - p.log())).sum()\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "KL(teacher ‖ student)"),
+        ("kl_div with student and teacher exchanged", SOFT + "soft = F.kl_div((t / T).log_softmax(-1), (z / T).softmax(-1), reduction='sum')\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "KL(teacher ‖ student)"),
+        ("kl_div's default mean, over the vocabulary too", SOFT + "soft = soft / z.shape[1]\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "summed over the vocabulary"),
+        ("no T²", SOFT + "return (alpha * hard + (1 - alpha) * soft) / n", "multiplied by T²"),
+        ("T once", SOFT + "return (alpha * hard + (1 - alpha) * T * soft) / n", "multiplied by T²"),
+        ("divided by T²", SOFT + "return (alpha * hard + (1 - alpha) * soft / T**2) / n", "multiplied by T²"),
+        ("only the teacher softened", SOFT + "soft = F.kl_div(z.log_softmax(-1), p, reduction='sum')\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "equal to the teacher"),
+        ("only the student softened", SOFT + "soft = F.kl_div(logq, t.softmax(-1), reduction='sum')\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "equal to the teacher"),
+        ("the logits multiplied by T", SOFT + "soft = F.kl_div((z * T).log_softmax(-1), (t * T).softmax(-1), reduction='sum')\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "softened"),
+        ("squared error of the logits", SOFT + "soft = ((z - t) ** 2).sum() / z.shape[1] / 2 / T**2\n    return (alpha * hard + (1 - alpha) * T * T * soft) / n", "equal to the teacher"),
+        ("the mean over all positions", SOFT + "return (alpha * hard + (1 - alpha) * T * T * soft) / len(labels)", "positions with the label -100"),
+        ("the soft term on all positions", SOFT + "z, t = torch.tensor(student_logits), torch.tensor(teacher_logits)\n    soft = F.kl_div((z / T).log_softmax(-1), (t / T).softmax(-1), reduction='sum')\n    return alpha * hard / n + (1 - alpha) * T * T * soft / len(labels)", "positions with the label -100"),
+        ("nan without a label", SOFT + "return (alpha * hard + (1 - alpha) * T * T * soft) / (y >= 0).sum()", "without any label"),
+    ],
+    "07.2": [
+        ("beta for the student", KLS + "if beta in (0, 1): return kl(teacher, student) if beta else kl(student, teacher)\n    m = [beta * q + (1 - beta) * p for p, q in zip(teacher, student)]\n    return beta * kl(student, m) + (1 - beta) * kl(teacher, m)", "beta = 0"),
+        ("the formula at the ends", KLS + "m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)", "beta = 0"),
+        ("forward at both ends", KLS + "if beta in (0, 1): return kl(teacher, student)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)", "beta = 1"),
+        ("reverse at both ends", KLS + "if beta in (0, 1): return kl(student, teacher)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)", "beta = 0"),
+        ("a mean of both divergences", KLS + "return (1 - beta) * kl(teacher, student) + beta * kl(student, teacher)", "one half"),
+        ("the divergences from the mixture", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return beta * kl(m, teacher) + (1 - beta) * kl(m, student)", "one half"),
+        ("the sum, not the mean", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return kl(teacher, m) + kl(student, m)", "one half"),
+        ("in bits", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return (beta * kl(teacher, m) + (1 - beta) * kl(student, m)) / math.log(2)", "one half"),
+        ("the square root", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return (beta * kl(teacher, m) + (1 - beta) * kl(student, m)) ** 0.5", "one half"),
+        ("logarithms mixed", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [p**beta * q ** (1 - beta) for p, q in zip(teacher, student)]\n    m = [x / sum(m) for x in m]\n    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)", "one half"),
+        ("an even mixture", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [(p + q) / 2 for p, q in zip(teacher, student)]\n    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)", "in between"),
+        ("the mixture's weights exchanged", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [beta * q + (1 - beta) * p for p, q in zip(teacher, student)]\n    return beta * kl(teacher, m) + (1 - beta) * kl(student, m)", "in between"),
+        ("the outer weights exchanged", KLS + "if beta in (0, 1): return kl(student, teacher) if beta else kl(teacher, student)\n    m = [beta * p + (1 - beta) * q for p, q in zip(teacher, student)]\n    return (1 - beta) * kl(teacher, m) + beta * kl(student, m)", "in between"),
+    ],
+    "07.3": [
+        ("q's prefixes", KLS + "return kl(p_first, q_first) + sum(w * kl(a, b) for w, a, b in zip(q_first, p_next, q_next))", "prefixes that p writes"),
+        ("all prefixes alike", KLS + "return kl(p_first, q_first) + sum(kl(a, b) for a, b in zip(p_next, q_next)) / len(p_next)", "prefixes that p writes"),
+        ("all prefixes added", KLS + "return kl(p_first, q_first) + sum(kl(a, b) for a, b in zip(p_next, q_next))", "prefixes that p writes"),
+        ("the likeliest prefix", KLS + "k = max(range(len(p_first)), key=lambda i: p_first[i])\n    return kl(p_first, q_first) + kl(p_next[k], q_next[k])", "prefixes that p writes"),
+        ("the first token only", KLS + "return kl(p_first, q_first)", "prefixes that p writes"),
+        ("the second token only", KLS + "return sum(w * kl(a, b) for w, a, b in zip(p_first, p_next, q_next))", "it is the divergence of the first"),
+        ("the mean a token", KLS + "return (kl(p_first, q_first) + sum(w * kl(a, b) for w, a, b in zip(p_first, p_next, q_next))) / 2", "it is the divergence of the first"),
+        ("the reverse", KLS + "return kl(q_first, p_first) + sum(w * kl(b, a) for w, a, b in zip(q_first, p_next, q_next))", "it is the divergence of the first"),
+        ("the second divergence reversed", KLS + "return kl(p_first, q_first) + sum(w * kl(b, a) for w, a, b in zip(p_first, p_next, q_next))", "prefixes that p writes"),
+        ("second tokens as if independent of the first", KLS + "n = len(p_next[0])\n    a = [sum(w * r[k] for w, r in zip(p_first, p_next)) for k in range(n)]\n    b = [sum(w * r[k] for w, r in zip(q_first, q_next)) for k in range(n)]\n    return kl(p_first, q_first) + kl(a, b)", "the divergence of the first"),
+        ("a logarithm of zero", "import math\n    kl = lambda p, q: sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))\n    return kl(p_first, q_first) + sum(w * kl(a, b) for w, a, b in zip(p_first, p_next, q_next))", "never writes"),
+    ],
+    "07.4": [
+        ("the student's top k", TOP + "top = rank(student)[:k]\n    return kl(*(kept(x, top) + [1 - sum(kept(x, top))] for x in (teacher, student)))", "one by one"),
+        ("the first k tokens", TOP + "top = range(k)\n    return kl(*(kept(x, top) + [1 - sum(kept(x, top))] for x in (teacher, student)))", "one by one"),
+        ("the k least probable", TOP + "top = rank(teacher)[-k:]\n    return kl(*(kept(x, top) + [1 - sum(kept(x, top))] for x in (teacher, student)))", "one by one"),
+        ("each with its own top k", TOP + "return kl(*(kept(x, rank(x)[:k]) + [1 - sum(kept(x, rank(x)[:k]))] for x in (teacher, student)))", "whole divergence"),
+        ("renormalised", TOP + "top = rank(teacher)[:k]\n    return kl(*([v / sum(kept(x, top)) for v in kept(x, top)] for x in (teacher, student)))", "whole divergence"),
+        ("only the teacher renormalised", TOP + "top = rank(teacher)[:k]; p = kept(teacher, top)\n    return kl([v / sum(p) for v in p], kept(student, top))", "equal to the teacher"),
+        ("the rest dropped", TOP + "top = rank(teacher)[:k]\n    return kl(kept(teacher, top), kept(student, top))", "whole divergence"),
+        ("the rest split evenly", TOP + "top = rank(teacher)[:k]; n = len(teacher) - k\n    fill = lambda x: [x[i] if i in top else (1 - sum(kept(x, top))) / n for i in range(len(x))]\n    return kl(fill(teacher), student)", "equal to the teacher"),
+        ("the student's rest as one token's", TOP + "top = rank(teacher)[:k]; p = kept(teacher, top); rest = [i for i in range(len(teacher)) if i not in top]\n    return kl(p + [1 - sum(p)], kept(student, top) + [student[rest[0]]])", "equal to the teacher"),
+        ("the divergence the other way round", TOP + "top = rank(teacher)[:k]\n    return kl(*(kept(x, top) + [1 - sum(kept(x, top))] for x in (student, teacher)))", "whole divergence"),
+        ("cross-entropy", TOP + "top = rank(teacher)[:k]; p, q = (kept(x, top) + [1 - sum(kept(x, top))] for x in (teacher, student))\n    return -sum(a * math.log(b) for a, b in zip(p, q))", "equal to the teacher"),
+        ("k minus 1 tokens kept", TOP + "top = rank(teacher)[: k - 1]\n    return kl(*(kept(x, top) + [1 - sum(kept(x, top))] for x in (teacher, student)))", "whole divergence"),
+        ("the whole divergence", TOP + "return kl(teacher, student)", "one by one"),
+    ],
+    "07.5": [
+        ("the mean of min(1, p/q) over tokens", DRAFT + "a = sum(min(1, p / q) for p, q in zip(teacher, student)) / len(teacher)\n    return [a, tokens(a)]", "sum of min"),
+        ("averaged over the teacher", DRAFT + "a = sum(p * min(1, p / q) for p, q in zip(teacher, student) if q)\n    return [a, tokens(a)]", "sum of min"),
+        ("the ratio upside down", DRAFT + "a = sum(q * min(1, q / p) for p, q in zip(teacher, student) if p)\n    return [a, tokens(a)]", "sum of min"),
+        ("the chance of two equal draws", DRAFT + "a = sum(p * q for p, q in zip(teacher, student))\n    return [a, tokens(a)]", "sum of min"),
+        ("agreement of the favourites", DRAFT + "f = lambda x: max(range(len(x)), key=lambda i: x[i])\n    a = float(f(teacher) == f(student))\n    return [a, tokens(a)]", "sum of min"),
+        ("the distance, not one minus it", DRAFT + "a = sum(abs(p - q) for p, q in zip(teacher, student)) / 2\n    return [a, tokens(a)]", "sum of min"),
+        ("the distance not halved", DRAFT + "a = 1 - sum(abs(p - q) for p, q in zip(teacher, student))\n    return [a, tokens(a)]", "sum of min"),
+        ("the larger of the two", DRAFT + "a = sum(max(p, q) for p, q in zip(teacher, student))\n    return [a, tokens(a)]", "sum of min"),
+        ("the overlap squared-root", DRAFT + "a = sum((p * q) ** 0.5 for p, q in zip(teacher, student))\n    return [a, tokens(a)]", "sum of min"),
+        ("without the teacher's own token", DRAFT + "return [a, sum(a**k for k in range(1, n_draft + 1))]", "without a draft"),
+        ("rejections do not stop the rest", DRAFT + "return [a, 1 + n_draft * a]", "1 + a"),
+        ("all or nothing", DRAFT + "return [a, 1 + n_draft * a**n_draft]", "1 + a"),
+        ("one term too few", DRAFT + "return [a, sum(a**k for k in range(max(n_draft, 1)))]", "n_draft + 1 tokens"),
+        ("one term too many", DRAFT + "return [a, sum(a**k for k in range(n_draft + 2))]", "without a draft"),
+        ("an endless draft", DRAFT + "return [a, min(1 / (1 - a) if a < 1 else 1e9, n_draft + 1)]", "1 + a"),
+        ("divided by zero", DRAFT + "return [a, (1 - a ** (n_draft + 1)) / (1 - a)]", "always accepted"),
+    ],
 }  # fmt: skip
 
 
@@ -198,7 +454,7 @@ def wrong_answer(id, body):
 
 
 def test_every_written_chapter_has_four_exercises_and_every_exercise_has_wrong_answers():
-    assert all(sum(id.startswith(chapter) for id in EXERCISES) >= 4 for chapter in ("01.", "03.", "04."))
+    assert all(sum(id.startswith(chapter) for id in EXERCISES) >= 4 for chapter in ("01.", "03.", "04.", "05.", "06.", "07."))
     assert all(len(WRONG[id]) >= 3 for id in EXERCISES)
 
 
@@ -236,6 +492,29 @@ def test_wrong_answer_is_caught(id, what, body, caught_by):
         assert lines[1].startswith(f"  input     {EXERCISES[id].function}(")
         assert lines[2].startswith("  returned  ") and lines[3].startswith("  expected  ")
         assert lines[-1] == f"  again     check('{id}', {EXERCISES[id].function}, seed={seed})"
+
+# Right answers in float32, as torch gives them: with the package's own functions where it has them.
+RIGHT = {
+    "05.2": "from llm_train_course.rlhf import gae\n    row = lambda x: torch.tensor([[v if m else 9.0 for v, m in zip(x, mask)]])\n    return gae(row(rewards), row(values), torch.tensor([mask]), gamma, lam)[0][0]",
+    "05.3": "from llm_train_course.rlhf import clipped_surrogate\n    x = torch.tensor(logp, requires_grad=True)\n    y = clipped_surrogate(x, torch.tensor(old_logp), torch.tensor(advantage), clip_eps)\n    y.backward()\n    return y.item(), x.grad",
+    "05.4": "from llm_train_course.rlhf import grpo_advantages\n    return grpo_advantages(torch.tensor(rewards), group_size, scale)",
+    "05.5": "from llm_train_course.rlhf import kl_estimate\n    return [kl_estimate(torch.tensor(logp), torch.tensor(ref_logp), k).item() for k in ('k1', 'k2', 'k3')]",
+    "05.6": "from llm_train_course.rlhf import optimal_policy\n    return optimal_policy(torch.tensor(ref_probs), torch.tensor(rewards), beta)",
+    "06.2": "c, r = (torch.tensor(x, requires_grad=True) for x in (policy_chosen_logp, policy_rejected_logp))\n    y = -torch.nn.functional.logsigmoid(beta * ((c - ref_chosen_logp) - (r - ref_rejected_logp)))\n    y.backward()\n    return y.item(), c.grad, r.grad",
+    "06.4": "m = torch.tensor(chosen_logps).mean() - torch.tensor(rejected_logps).mean()\n    return -torch.nn.functional.logsigmoid(beta * m - gamma)",
+    "06.5": "h = torch.tensor(hidden, requires_grad=True)\n    logps = (torch.tensor(embeddings) @ h).log_softmax(0)\n    step = torch.autograd.grad(logps[chosen] - logps[rejected], h, retain_graph=True)[0]\n    return torch.autograd.grad(logps[chosen], h)[0] @ step",
+    "07.1": "from llm_train_course.distill import distill_loss\n    return distill_loss(torch.tensor(student_logits), torch.tensor(teacher_logits), torch.tensor(labels), alpha, temperature)",
+    "07.2": "from llm_train_course.distill import generalized_jsd\n    return generalized_jsd(torch.tensor(student).log(), torch.tensor(teacher).log(), beta)",
+    "07.4": "from llm_train_course.distill import teacher_top_k, top_k_divergence\n    return top_k_divergence(torch.tensor(student).log(), *teacher_top_k(torch.tensor(teacher).log(), k))",
+    "07.5": "from llm_train_course.distill import acceptance_rate, speculative_tokens\n    a = acceptance_rate(torch.tensor(student).log(), torch.tensor(teacher).log()).clamp(max=1).item()\n    return a, speculative_tokens(a, n_draft)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("id", RIGHT)
+def test_the_packages_own_functions_in_float32_pass(id):
+    answer = wrong_answer(id, "import torch\n    " + RIGHT[id])
+    for seed in SEEDS:
+        check(id, answer, seed=seed)
 
 
 def test_a_fresh_seed_is_drawn_and_a_failure_can_be_repeated():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import files_of
 from safetensors.torch import load_file
 
 from llm_train_course.app import cli, runs
@@ -50,11 +51,6 @@ def here(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(threads)
-
-
-def everything(folder):
-    "All files below a folder with their contents."
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def weights(run):
@@ -331,11 +327,11 @@ def recipes(here):
 
 
 def test_refusals_name_field_and_value_and_write_nothing(recipes, model_folder, capsys):
-    before, wrong = everything(recipes), []
+    before, wrong = files_of(recipes), []
     for args, words in REFUSED:
         code = main([model_folder if a == "MODEL" else a for a in args])
         out, err = capsys.readouterr()
-        if code != 2 or words not in err or err.count("\n") != 1 or "Traceback" in err or out or everything(recipes) != before:
+        if code != 2 or words not in err or err.count("\n") != 1 or "Traceback" in err or out or files_of(recipes) != before:
             wrong.append((args, words, code, err, out))
     assert not wrong
 
@@ -343,11 +339,11 @@ def test_refusals_name_field_and_value_and_write_nothing(recipes, model_folder, 
 def test_bad_rows_of_both_files_are_listed_before_anything_is_written(here, model_folder, capsys):
     Path("bad.jsonl").write_text('{"text": "x"}\r\n{"text": 1}\r\n\r\nnot json\r\n')
     Path("held.jsonl").write_text('{"text": ""}\n')
-    before = everything(here)
+    before = files_of(here)
     assert main(["sft", "--model", model_folder, "--data", "bad.jsonl", "--eval_data", "held.jsonl"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0] for line in lines[:3]] == ["bad.jsonl:2", "bad.jsonl:4", "held.jsonl:1"]
-    assert lines[3:] == ["3 problems in the data; nothing was written"] and everything(here) == before
+    assert lines[3:] == ["3 problems in the data; nothing was written"] and files_of(here) == before
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
@@ -360,12 +356,12 @@ def test_what_the_loop_cannot_run_on_is_refused_before_anything_is_written(kind,
 def test_a_run_is_never_overwritten(here, model_folder, capsys):
     args = ["sft", "--model", model_folder, "--data", "text.jsonl", "--train.max_steps", "2", "--out", "mine", *FAST]
     assert main(args) == 0
-    before = everything("mine")
+    before = files_of("mine")
     capsys.readouterr()
     assert main(args) == 2
     assert "out: mine holds a run already: continue it with --resume mine" in capsys.readouterr().err
     assert main(["sft", "--resume", "mine"]) == 0  # finished: nothing to do
-    assert "mine is finished" in capsys.readouterr().out and everything("mine") == before
+    assert "mine is finished" in capsys.readouterr().out and files_of("mine") == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(here, model_folder, capsys):
@@ -407,7 +403,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(here, model_folder, capsys
     assert not (Path("stopped") / "adapter").exists() and list(Path("stopped/checkpoints").glob("step_*"))
 
     # a field that would make it another run, other rows, and a model that is not there are refused; the folder stays as it is
-    before, rows = everything("stopped"), Path("messages.jsonl").read_text()
+    before, rows = files_of("stopped"), Path("messages.jsonl").read_text()
     assert main(["sft", "--resume", "stopped", "--train.seed", "3", "--lora.r", "8", "--train.log_every", "5"]) == 2
     assert "changed: lora.r was 4, now 8; train.seed was 0, now 3" in capsys.readouterr().err
     Path("messages.jsonl").write_text(rows + rows[:rows.index("\n") + 1])
@@ -418,7 +414,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(here, model_folder, capsys
     assert "was made by llm-train sft" in capsys.readouterr().err
     assert main(["eval", "stopped", "--data", "text.jsonl"]) == 2
     assert "has not finished: continue it with --resume stopped" in capsys.readouterr().err
-    assert everything("stopped") == before
+    assert files_of("stopped") == before
 
     assert main(["sft", "--resume", "stopped", "--train.log_every", "5"]) == 0
     assert main([*args, "--out", "whole"]) == 0
@@ -587,7 +583,7 @@ def test_recipes_are_valid(path):
 
     command = re.search(r"llm-train (\w+) --config recipes/" + re.escape(path.name), path.read_text())[1]
     recipe = parse(command, TRAINING[command][0], ["--config", str(path)])
-    assert recipe.data in ("world", "interview") and recipe.out is None
+    assert recipe.data in ("world", "interview", "claims") and recipe.out is None
 
 
 def test_examples_of_the_readmes_and_recipes_are_commands(tmp_path):

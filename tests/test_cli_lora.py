@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import files_of
 from safetensors.torch import load_file, save_file
 
 from llm_train_course.app import adapters, runs
@@ -55,18 +56,6 @@ def here(tmp_path, monkeypatch, models):
     for name in ("tiny", "odd"):
         Path(name).symlink_to(models / name)
     return tmp_path
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    "The models that runs saved, as they were in memory."
-    found, save = [], runs.save_trained
-    monkeypatch.setattr(runs, "save_trained", lambda run, model, *rest: found.append(model) or save(run, model, *rest))
-    return found
-
-
-def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def weights(folder):
@@ -201,7 +190,7 @@ def test_a_qlora_run_goes_on_where_it_was_stopped(extra, here, capsys, monkeypat
     monkeypatch.undo()
     os.chdir(here)
     assert "stopped after step 3 of 6" in capsys.readouterr().out
-    before = everything("stopped")
+    before = files_of("stopped")
     for change, words in ((["--quant.blocksize", "128"], "quant.blocksize was 64, now 128"), (["--quant.quant_type", "fp4"], "quant.quant_type was 'nf4', now 'fp4'"),
                           (["--lora.use_rslora", "true"], "lora.use_rslora was False, now True"), (["--quant", "null"], "quant was {")):
         assert main(["qlora", "--resume", "stopped", *change]) == 2
@@ -210,7 +199,7 @@ def test_a_qlora_run_goes_on_where_it_was_stopped(extra, here, capsys, monkeypat
     assert "was made by llm-train qlora" in capsys.readouterr().err
     assert main(["merge", "stopped"]) == 2
     assert "stopped is a run that has not finished: continue it with --resume stopped" in capsys.readouterr().err
-    assert everything("stopped") == before
+    assert files_of("stopped") == before
     assert main(["qlora", "--resume", "stopped"]) == 0, capsys.readouterr().err
     assert main([*args, "--out", "whole"]) == 0
     one, two = weights("stopped/adapter"), weights("whole/adapter")
@@ -337,14 +326,14 @@ def test_a_merge_that_fails_leaves_nothing(here, capsys, monkeypatch):
 
     assert main(["lora", "--model", "tiny", *FAST, "--out", "run"]) == 0
     tensors = load_file("run/adapter/adapter_model.safetensors")
-    before, save = everything(here), LlamaForCausalLM.save_pretrained
+    before, save = files_of(here), LlamaForCausalLM.save_pretrained
     def full_disk(self, folder, **k):
         save(self, folder, **k)
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(LlamaForCausalLM, "save_pretrained", full_disk)
         assert main(["merge", "run"]) == 1
-    assert "No space left on device" in capsys.readouterr().err and everything(here) == before
+    assert "No space left on device" in capsys.readouterr().err and files_of(here) == before
     for words, args in (("run-merged exists: name another folder with --out", ["run"]), ("rows.jsonl exists", ["run", "--out", "rows.jsonl"]),
                         ("tiny is a whole model: there is no adapter to merge", ["tiny"]), ("someone/adapter: a run folder or an adapter", ["someone/adapter"]),
                         ("./none: no such folder", ["./none"]), ("invalid choice: 'fp8'", ["run", "--dtype", "fp8"])):
@@ -390,7 +379,7 @@ def test_adapters_that_only_peft_knows_are_left_to_it(here, capsys, monkeypatch)
 
 def test_broken_adapters_are_refused_by_file_and_tensor(here, capsys):
     assert main(["qlora", "--model", "tiny", *FAST, "--out", "run"]) == 0
-    good = everything("run/adapter")
+    good = files_of("run/adapter")
     tensors = load_file("run/adapter/adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
     without = {k: v for k, v in tensors.items() if k != key}
@@ -475,11 +464,11 @@ REFUSED = [
 def test_refusals_name_field_and_value_and_write_nothing(here, capsys):
     assert main(["qlora", "--model", "tiny", *FAST, "--samples", "0", "--train.max_steps", "1", "--out", "run"]) == 0
     capsys.readouterr()
-    before, wrong = everything(here), []
+    before, wrong = files_of(here), []
     for (command, model, *args), words in REFUSED:
         code = main([command, model, *DATA[:2], *args] if command == "eval" else [command, "--model", model, *DATA, "--train.cpu", "true", *args])
         out, err = capsys.readouterr()
-        if code != 2 or words not in err or err.count("\n") != 1 or "Traceback" in err or out or everything(here) != before:
+        if code != 2 or words not in err or err.count("\n") != 1 or "Traceback" in err or out or files_of(here) != before:
             wrong.append((command, args, words, code, err, out))
     assert not wrong
 

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import CONFIG, ROWS, TOKENIZER, flat, model
+from helpers import CONFIG, ROWS, TOKENIZER, flat, killed_until_done, model, on_two_ranks
 from peft import LoraConfig, get_peft_model
 
 from llm_train_course import core
@@ -39,43 +37,11 @@ def reference(layout, config, **kw):
     return m
 
 
-def _fit_and_die(run_dir, layout, config, moment):
-    "In a child process: count losses, files written, flushes and renames, and at the given count be killed, unasked."
-    left = [moment]
-
-    def counted(fn):
-        def call(*args):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return fn(*args)
-        return call
-
-    for owner, name in ((core, "_write_tensors"), (core, "_sync"), (core.os, "rename")):
-        setattr(owner, name, counted(getattr(owner, name)))
-    fit(model(**DROPOUT), layout, counted(lm_loss), config, run_dir=run_dir, resume=True)
-
-
 @pytest.mark.parametrize("layout", [PaddedBatches(ROWS, 2), PackedBatches(ROWS, 1, 48)], ids=["padded", "packed"])
 def test_kill_9_at_random_moments_then_resume_is_bit_equal(tmp_path, layout):
     config = replace(CONFIG, max_steps=14, save_every=1, grad_accum_steps=2)
     want = reference(layout, config, **DROPOUT)
-    rng, kills, exit_code = random.Random(0), 0, None
-    while exit_code != 0:
-        pid = os.fork()
-        if pid == 0:  # the child never comes back into pytest
-            try:
-                _fit_and_die(tmp_path, layout, config, rng.randint(1, 35))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        rng.random()  # another moment for the next child
-        exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert exit_code in (0, -signal.SIGKILL)
-        kills += exit_code != 0
-        assert kills < 200
-    assert kills >= 5
+    killed_until_done(lambda counted: fit(model(**DROPOUT), layout, counted(lm_loss), config, run_dir=tmp_path, resume=True), (1, 35), least=5)
     got = model(**DROPOUT)
     result = fit(got, layout, config=config, run_dir=tmp_path, resume=True)  # nothing left to do but to load
     assert result.step == 14
@@ -404,10 +370,7 @@ def test_live_data_of_an_epoch_come_back_with_the_checkpoint_in_its_middle(tmp_p
         assert torch.equal(flat(got), flat(want))
 
 
-def _worker(rank, world, port, folder):
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
+def _worker(rank, folder):
     layout = PaddedBatches(ROWS, 1)  # nine micro-batches over two ranks: the last global batch leaves a rank idle
     m = model()
     result = fit(m, layout, config=replace(CONFIG, grad_accum_steps=2))
@@ -428,16 +391,11 @@ def _worker(rank, world, port, folder):
     second = fit(again, layout, config=dropped, run_dir=f"{folder}/run", resume=True)
     torch.save({"equal": torch.equal(flat(whole), flat(again)), "first": (first.interrupted, first.step), "second": second.step},
                f"{folder}/resumed-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
     "DDP on gloo: 2 ranks x 2 micro-batches equal 1 rank x 4, an idle rank included; stop and resume are exact there too."
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(tmp_path)), nprocs=2)
+    on_two_ranks(_worker, tmp_path)
     want = model()
     history = fit(want, PaddedBatches(ROWS, 1), config=replace(CONFIG, grad_accum_steps=4)).history
     for rank in (0, 1):

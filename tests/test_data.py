@@ -9,7 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_train_course.app.data import SHOWN, DataError, encode_rows, parse_line, read_rows, show
+from llm_train_course.app.coursedata import load_claims
+from llm_train_course.app.data import (
+    PREFERENCES,
+    PROMPTS,
+    SHOWN,
+    DataError,
+    _explicit,
+    check_pairs,
+    check_prompts,
+    encode_rows,
+    parse_line,
+    read_rows,
+    show,
+)
+from llm_train_course.core import train_tokenizer
+from llm_train_course.stages import World
 
 USER, BOT = {"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Oslo."}
 
@@ -384,3 +399,118 @@ def test_templates_and_special_tokens(write, tokenizer):
         encode_rows(rows, strict, 64)
     with pytest.raises(DataError, match="preference data cannot be trained on"):
         encode_rows(read_rows(write("d.jsonl", {"prompt": "x", "chosen": "y", "rejected": "z"})), tokenizer, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preferences and prompts
+# ---------------------------------------------------------------------------------------------------------------------
+YES, NO = {"role": "assistant", "content": "In Oslo."}, {"role": "assistant", "content": "No idea."}
+
+
+def test_a_pair_may_hold_its_prompt_in_both_answers(write):
+    talk = [{"role": "system", "content": "Be brief."}, USER, BOT, USER]
+    rows = read_rows(write("talk.jsonl", {"chosen": [*talk, YES], "rejected": [*talk, NO]}, {"chosen": [USER, YES], "rejected": [USER, NO]}), PREFERENCES)
+    assert rows.kind == "preference" and rows.values == [{"prompt": talk, "chosen": [YES], "rejected": [NO]},
+                                                         {"prompt": [USER], "chosen": [YES], "rejected": [NO]}]
+    # strings are cut where a word begins: Lisbon and Lima begin alike, and Chinese has no spaces
+    cases = [("Human: Where?\n\nAssistant: In Lisbon.", "Human: Where?\n\nAssistant: In Lima.", "Human: Where?\n\nAssistant: In"),
+             ("Q: where? A:there", "Q: where? A:no", "Q: where? A:"), ("问：在哪里？答：里斯本。", "问：在哪里？答：里马。", "问：在哪里？答：里"),
+             ("Q: hi there", "Q: hi there, you", "Q: hi"), ("Q: 1 + 1 = 2", "Q: 1 + 1 = 21", "Q: 1 + 1 =")]
+    rows = read_rows(write("plain.jsonl", *({"chosen": a, "rejected": b} for a, b, _ in cases)), PREFERENCES)
+    for value, (a, b, prompt) in zip(rows.values, cases):
+        assert value == {"prompt": prompt, "chosen": a[len(prompt):], "rejected": b[len(prompt):]}
+    # a prompt of its own wins, and the fingerprint is that of the pair however it was written
+    explicit = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+    assert read_rows(write("own.jsonl", explicit), PREFERENCES).values == [explicit]
+    assert read_rows(write("a.jsonl", {"chosen": [USER, YES], "rejected": [USER, NO]}), PREFERENCES).fingerprint == read_rows("own.jsonl", PREFERENCES).fingerprint
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(min_size=1), st.text(), st.text())
+def test_an_implicit_prompt_and_its_answers_are_the_texts_again(start, a, b):
+    pair = _explicit({"chosen": start + a, "rejected": start + b})
+    assert (pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]) == (start + a, start + b)
+
+
+def test_pairs_that_teach_nothing_are_refused(write):
+    for row, words in (
+            ({"prompt": "Where?", "chosen": "There.", "rejected": "There."}, "chosen and rejected are equal: there is no preference to learn"),
+            ({"chosen": [USER, YES], "rejected": [USER, YES]}, "chosen and rejected are equal"),
+            ({"prompt": "Where?", "chosen": "", "rejected": "There."}, "chosen is empty"),
+            ({"prompt": [USER], "chosen": [YES], "rejected": [{**NO, "content": " \n"}]}, "rejected[0].content is white space only"),
+            ({"chosen": "yes", "rejected": "no"}, "there is no prompt, and chosen and rejected do not begin alike"),
+            ({"chosen": [YES], "rejected": [NO]}, "chosen[0]: the first turn must be user"),
+            ({"chosen": [USER, YES, {**USER, "content": "a"}, YES], "rejected": [USER, YES, {**USER, "content": "b"}, NO]},
+             "chosen and rejected differ at the user's turn chosen[2]"),
+            ({"chosen": "Q: hi ", "rejected": "Q: hi there"}, "chosen is empty behind the common beginning"),
+            ({"chosen": "Q: hi", "rejected": [USER, NO]}, "one is a list of messages, the other is not"),
+            ({"prompt": "Where?", "chosen": "There."}, '"rejected" is missing')):
+        good = {**row, "chosen": "Q: a", "rejected": "Q: b"} if isinstance(row["chosen"], str) else {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+        if "prompt" in row and isinstance(row["prompt"], str):
+            good["prompt"] = "Where?"
+        found = problems(write("bad.jsonl", good, row), PREFERENCES)
+        assert found[0].startswith("bad.jsonl:2: ") and words in found[0], (row, found)
+
+
+def test_prompts_keep_their_columns_and_conversations_end_with_the_user(write):
+    rows = read_rows(write("p.jsonl", {"prompt": "1 + 1 =", "answer": "2", "level": {"of": 1}}, {"prompt": "2 + 2 =", "answer": 4}), PROMPTS)
+    assert rows.kind == "prompt" and rows.values == [{"prompt": "1 + 1 =", "answer": "2", "level": {"of": 1}}, {"prompt": "2 + 2 =", "answer": 4}]
+    rows = read_rows(write("m.jsonl", {"messages": [USER, BOT, USER, YES], "id": 3}, {"messages": [USER]}, {"messages": [USER, BOT], "answer": "Oslo"}), PROMPTS)
+    assert rows.values == [{"prompt": [USER, BOT, USER], "answer": "In Oslo.", "id": 3}, {"prompt": [USER]}, {"prompt": [USER], "answer": "Oslo"}]
+    for row, words in (({"messages": [BOT, USER]}, "messages[0]: the first turn must be user"), ({"messages": []}, "messages is an empty list"),
+                       ({"messages": [{"role": "system", "content": "x"}]}, "messages has only a system turn"), ({"prompt": " "}, "prompt is white space only"),
+                       ({"messages": [USER, BOT, BOT]}, "two assistant turns in a row"), ({"prompt": [USER, BOT]}, "the last turn must be user"),
+                       ({"prompt": "x", "completions": []}, "the field completions: reward functions are given something of that name"),
+                       ({"question": "x"}, "found 'question'; needed prompt or messages")):
+        first = {"messages": [USER]} if "messages" in row else {"prompt": [USER]} if isinstance(row.get("prompt"), list) else {"prompt": "ok"}
+        found = problems(write("bad.jsonl", first, row), PROMPTS)
+        assert len(found) == 1 and found[0].startswith("bad.jsonl:2: ") and words in found[0], (row, found)
+
+
+def test_the_courses_pairs():
+    train, held = read_rows("claims", PREFERENCES), read_rows("claims:heldout", PREFERENCES)
+    assert train.kind == held.kind == "preference" and len(train) > len(held) > 5
+    right = {r["chosen"][0]["content"] for r in train.values}
+    assert right.isdisjoint(r["chosen"][0]["content"] for r in held.values)  # no claim is in both parts
+    claims = {c["truth_en"]: c for c in load_claims()}
+    for row in [*train.values, *held.values]:
+        claim = claims[row["chosen"][0]["content"]]
+        assert claim["verdict"] in ("corrected", "qualified") and row["rejected"][0]["content"] == claim["statement_en"]
+        assert row["prompt"][0]["content"].endswith(("?", "."))
+    chinese = read_rows("claims:zh:heldout", PREFERENCES)
+    assert len(chinese) == len(held) and chinese.values == read_rows("claims:heldout:zh", PREFERENCES).values
+    assert all(re.search("[\u4e00-\u9fff]", r[k][0]["content"]) for r in chinese.values for k in r)
+    assert read_rows("claims", PROMPTS).values == [{"prompt": r["prompt"], "answer": r["chosen"][0]["content"]} for r in train.values]
+    assert "holds preferences" in problems("claims", ("messages", "text"))[0]
+
+
+def test_the_worlds_pairs_and_prompts():
+    world = World(n_entities=6, n_attributes=2)
+    names = lambda rows: {next(f.name for f in world.facts if f.name in r["prompt"][0]["content"]) for r in rows.values}
+    pairs, held = (read_rows(s, PREFERENCES, world=world) for s in ("world", "world:heldout"))
+    assert pairs.values == world.preference_pairs() and len(held) == 200 and names(pairs).isdisjoint(names(held))
+    prompts = read_rows("world:heldout", PROMPTS, world=world)
+    assert [(r["prompt"], r["answer"]) for r in prompts.values] == list(zip(world.prompts(False), [f.value for f in world.facts if not f.seen]))
+    assert "world:heldout: the held-out people have preferences and prompts only" in problems("world:heldout", ("messages",))[0]
+    assert "world:all: the world has world" in problems("world:all", PREFERENCES)[0]
+
+
+def test_pairs_and_prompts_that_do_not_fit_are_all_named(write):
+    tokenizer = train_tokenizer(["Where? In Oslo. No idea."] * 4, 300)
+    long = [{**USER, "content": "Where? " * 40}]
+    rows = read_rows(write("p.jsonl", {"prompt": [USER], "chosen": [YES], "rejected": [NO]}, *[{"prompt": long, "chosen": [YES], "rejected": [NO]}] * 2), PREFERENCES)
+    for whole in (False, True):
+        with pytest.raises(DataError) as e:
+            check_pairs(rows, tokenizer, 32, whole)
+        assert [re.sub(r"\d+ tokens", "N tokens", p) for p in e.value.problems] == [f"p.jsonl:{n}: the prompt has N tokens, the context holds 32" for n in (2, 3)]
+    good = read_rows(write("g.jsonl", {"prompt": [USER], "chosen": [{**YES, "content": "In Oslo. " * 30}], "rejected": [NO]}), PREFERENCES)
+    pairs, warned = check_pairs(good, tokenizer, 32)
+    assert len(pairs[0]["prompt_ids"] + pairs[0]["chosen_ids"]) == 32 and warned == ["g.jsonl: 1 answers are cut off at 32 tokens"]
+    with pytest.raises(DataError, match=r"g\.jsonl:1: prompt and answer have \d+ tokens, the limit is 32"):
+        check_pairs(good, tokenizer, 32, whole=True)
+    with pytest.raises(DataError, match=r"(?s)q\.jsonl:2: the prompt has \d+ tokens, 20 fit beside an answer.*q\.jsonl:3.*2 problems"):
+        check_prompts(read_rows(write("q.jsonl", {"prompt": [USER]}, {"prompt": long}, {"prompt": long}), PROMPTS), tokenizer, 20, " beside an answer")
+    tokenizer.chat_template = None
+    for rows, check in ((good, lambda r: check_pairs(r, tokenizer, 99)), (read_rows("q.jsonl", PROMPTS), lambda r: check_prompts(r, tokenizer, 99))):
+        with pytest.raises(DataError, match="holds messages, and the model's tokenizer has no chat template"):
+            check(rows)

@@ -109,6 +109,8 @@ def load_base(
     "A base and its tokenizer, in 4 bits if `quant` says so. bitsandbytes' layers are quantized while the file is read."
     from llm_train_course.app.data import hub_reachable
 
+    if runs.is_reward_model(source):
+        raise UserError(f"model: {what}{source} is a reward model: it scores answers and writes none")
     reachable = Path(source).expanduser().is_dir() or hub_reachable()
     try:
         return _load_base(source, dtype, quant, device)

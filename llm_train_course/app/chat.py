@@ -2,7 +2,7 @@
 import os
 import sys
 
-from llm_train_course.app.runs import UserError, load_any
+from llm_train_course.app.runs import UserError, is_reward_model, load_any, model_source
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -67,6 +67,8 @@ def chat(
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+    if is_reward_model(model_source(name)):
+        return _scores(name, dtype, device)
     model, tokenizer = load_any(name, dtype, device=device)
     model.eval().to(device)
     torch.manual_seed(seed)
@@ -78,6 +80,38 @@ def chat(
         return _lines(model, tokenizer, start if talks else None, max_new_tokens, temperature)
     print(f"{name}" + ("" if talks else " has no chat template: it continues what you type") + f". {HELP}.")
     return _talk(model, tokenizer, start if talks else None, max_new_tokens, temperature)
+
+
+def _scores(name, dtype, device):
+    "A reward model: a prompt, a tab and an answer a line, and the answer's score; on a terminal it asks for both."
+    from llm_train_course.app import rewards
+    from llm_train_course.app.preferences import score
+
+    model, tokenizer = rewards.load_model(model_source(name), f"model: {name}", dtype or "fp32")
+    if tokenizer is None:
+        raise UserError(f"model: {name} has no tokenizer")
+    model.eval().to(device)
+    talks, asks = bool(tokenizer.chat_template), sys.stdin.isatty()
+    if asks:
+        print(f"{name} is a reward model: it scores an answer. Ctrl-D leaves.")
+    while True:
+        try:
+            line = f"{input('prompt> ')}\t{input('answer> ')}" if asks else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not line:
+            return 0
+        if not line.strip():
+            continue
+        prompt, tab, said = line.rstrip("\r\n").partition("\t")
+        try:
+            if not tab or not prompt.strip() or not said.strip():
+                raise UserError("a prompt, a tab and an answer are needed: a reward model scores answers and writes none")
+            print(f"{score(model, tokenizer, [{'role': 'user', 'content': prompt}] if talks else prompt, said):.4f}", flush=True)
+        except UserError as e:
+            print(f"llm-train chat: {e}", file=sys.stderr)
+            print("", flush=True)
 
 
 def _lines(model, tokenizer, start, max_new_tokens, temperature):

@@ -20,12 +20,17 @@ COMMANDS = {
     "lora": "the same: low-rank adapters on a frozen base",
     "qlora": "the same: low-rank adapters on a frozen base in 4 bits",
     "full": "the same: all parameters",
+    "rm": "fit a reward model to preference pairs",
+    "ppo": "reinforcement learning against a reward model, with a value and a KL penalty",
+    "grpo": "reinforcement learning against reward functions of yours, several answers to a prompt compared",
+    "dpo": "learn from preference pairs without a reward model (DPO, IPO, KTO, ORPO, SimPO, DPO-Positive)",
+    "distill": "teach a smaller model by a larger one: its probabilities, its texts, or on the student's own",
     "merge": "add an adapter to its base: a model folder that transformers loads alone",
     "eval": "loss and perplexity of a model on held-out data; the measures of the small world",
     "chat": "talk to a trained model, or answer the lines of stdin",
     "demo": "the main job: the small world through its stages, then a real model (what `make run` does)",
 }
-_TRAINING = ("pretrain", "sft", "lora", "qlora", "full")
+_TRAINING = ("pretrain", "sft", "lora", "qlora", "full", "rm", "ppo", "grpo", "dpo", "distill")
 _BAD = 2  # exit code for what the user can mend
 
 
@@ -40,13 +45,17 @@ def usage() -> str:
   llm-train demo
   llm-train lora --config recipes/smollm2-lora.yaml --train.learning_rate 1e-4
   llm-train qlora --model smollm2 --data my.jsonl --lora.r 16
+  llm-train dpo --model runs/lora-smollm2-1 --data pairs.jsonl --lora.r 8
+  llm-train grpo --model smollm2 --data prompts.jsonl --reward my_rewards.py:short --lora.r 8
   llm-train lora --resume runs/lora-smollm2-1
   llm-train eval runs/lora-smollm2-1 --data interview:heldout
   llm-train chat runs/lora-smollm2-1
   llm-train merge runs/lora-smollm2-1
 
 Data: JSONL or Parquet with {{"text"}}, {{"messages"}} or {{"prompt", "completion"}}, a .txt file, a hub name[:split],
-`interview`, `interview:heldout` (the course's own), or `world`. Every bad row is named before anything is written.
+`interview`, `interview:heldout` (the course's own), or `world`. For rm and dpo: {{"prompt", "chosen", "rejected"}}, or
+`claims`, `claims:heldout` (the course's own; `claims:zh` in Chinese). For ppo and grpo: {{"prompt"}} with columns for reward
+functions, or {{"messages"}} up to the last user turn. Every bad row is named before anything is written.
 
 options: --help (after a command: its fields), --version, --debug (show tracebacks)
 """
@@ -281,7 +290,8 @@ def _plain_parser(command, text):
 
 def _chat(argv):
     p = _plain_parser("chat", "Talk to a model. With a pipe on stdin: one prompt a line, one answer a line "
-                              "(line breaks in it written as \\n), each a conversation of its own.")
+                              "(line breaks in it written as \\n), each a conversation of its own. A reward model is given a prompt, "
+                              "a tab and an answer, and says the answer's score.")
     p.add_argument("model", help="a run folder, a model folder, a hub name, or smollm2")
     p.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (default)")
     p.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
@@ -312,9 +322,9 @@ def _merge(argv):
 
 
 def _demo(argv):
-    p = _plain_parser("demo", "The main job, about five minutes on two cores: (a) the small world through its stages; (b) "
-                              "SmolLM2-135M-Instruct, fine-tuned with LoRA and with QLoRA on the course's interview questions. "
-                              "Ends with a table and report.html.")
+    p = _plain_parser("demo", "The main job, under eight minutes on two cores: (a) the small world through its stages, pretraining, "
+                              "fine-tuning, a reward model with PPO, and DPO; (b) SmolLM2-135M-Instruct, fine-tuned with LoRA and with QLoRA "
+                              "on the course's interview questions, and by DPO on its claims. Ends with tables and report.html.")
     p.add_argument("--out", help="run folder (default: the next free runs/demo-<n>)")
     p.add_argument("--seed", type=int, default=0, help="of the world, the data order and the adapters")
     args = p.parse_args(argv)
@@ -405,6 +415,9 @@ def _failed(command, error):
     kind = type(error).__name__
     if kind == "ResumeError":
         print(f"llm-train {command}: resume: {error}", file=sys.stderr)
+        return _BAD
+    if kind == "RewardError":  # its message says which function, and on which answer
+        print(f"llm-train {command}: {error}", file=sys.stderr)
         return _BAD
     if kind == "NonFiniteLoss":  # its message says which step, and where the batch is saved
         print(f"llm-train {command}: {error}", file=sys.stderr)

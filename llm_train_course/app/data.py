@@ -1,7 +1,8 @@
 """Data files: read, check every row before anything is done, turn into token examples.
 
-Formats are TRL's: {"text"}, {"messages"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}, as JSONL, Parquet,
-plain text (one document), or a hub dataset. Line numbers are physical lines of the file; for Parquet and the hub, row
+Formats are TRL's: {"text"}, {"messages"}, {"prompt", "completion"}, {"prompt", "chosen", "rejected"}, {"chosen",
+"rejected"} that share their beginning, {"prompt"} with columns for reward functions, as JSONL, Parquet, plain text (one
+document), or a hub dataset. Line numbers are physical lines of the file; for Parquet and the hub, row
 numbers from 1. Nothing here imports torch.
 """
 import difflib
@@ -19,6 +20,11 @@ KINDS = {
     "prompt_completion": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
 }
+_IMPLICIT = {"implicit_preference": ("chosen", "rejected")}                # read as preference
+_PROMPTS = {"prompt": ("prompt",), "prompt_messages": ("messages",)}      # read as prompt
+_FIELDS = {**KINDS, **_IMPLICIT, **_PROMPTS}
+SFT, PREFERENCES, PROMPTS = ("messages", "prompt_completion", "text"), ("preference", *_IMPLICIT), tuple(_PROMPTS)  # what a command accepts
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # what a reward function is given besides
 ROLES = ("system", "user", "assistant")
 ON_LONG = ("error", "truncate", "drop")
 SHOWN = 50  # problems printed; the rest are counted
@@ -71,7 +77,7 @@ class Row:
 class Rows:
     "All rows of a source."
     rows: list[Row]
-    kind: str              # text, messages, prompt_completion or preference
+    kind: str              # text, messages, prompt_completion, preference or prompt
     source: str            # as the user named it
     n_blank: int = 0       # empty and white-space lines, which are skipped
 
@@ -87,7 +93,7 @@ class Rows:
         "sha256 over the rows as canonical JSON: the same for LF and CRLF, JSONL and Parquet."
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps(row.value, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+            digest.update(json.dumps(row.value, sort_keys=True, ensure_ascii=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -264,6 +270,10 @@ def _check(row, kind) -> list[str]:
         return _string(row["text"], "text")
     if kind == "messages":
         return _messages(row["messages"], "messages")
+    if kind in _PROMPTS:
+        return _check_prompt(row, kind)
+    if kind in _IMPLICIT:
+        return _check_implicit(row)
     answers = KINDS[kind][1:]
     talk = [name for name in KINDS[kind] if isinstance(row[name], list)]
     if talk and len(talk) < len(KINDS[kind]):
@@ -280,12 +290,83 @@ def _check(row, kind) -> list[str]:
     return problems
 
 
+def _asked(messages):
+    "A conversation up to its last user turn, and what the assistant says to that, if it does."
+    users = [n for n, turn in enumerate(messages) if isinstance(turn, dict) and turn.get("role") == "user"]
+    if not users:
+        return messages, None
+    rest = messages[users[-1] + 1:]
+    return messages[:users[-1] + 1], rest[0].get("content") if rest and isinstance(rest[0], dict) else None
+
+
+def _check_prompt(row, kind):
+    "What is wrong with a prompt, or with a conversation whose last user turn is one."
+    taken = [name for name in row if name in RESERVED]
+    if taken:
+        return [f"the field {taken[0]}: reward functions are given something of that name already, rename it"]
+    if kind == "prompt":
+        return _messages(row["prompt"], "prompt", last="user") if isinstance(row["prompt"], list) else _string(row["prompt"], "prompt")
+    value = row["messages"]
+    problems = _messages(_asked(value)[0] if isinstance(value, list) else value, "messages", last="user")
+    if not problems and len(value) > len(_asked(value)[0]):  # what follows may be an answer, and must be one then
+        problems = _messages(value, "messages")
+    return problems
+
+
+def _check_implicit(row):
+    "What is wrong with a pair whose prompt is the common beginning of its answers."
+    sides = [row[name] for name in ("chosen", "rejected")]
+    if isinstance(sides[0], list) != isinstance(sides[1], list):
+        return ["chosen and rejected: one is a list of messages, the other is not"]
+    check = _messages if isinstance(sides[0], list) else _string
+    problems = [p for name, value in zip(("chosen", "rejected"), sides) for p in check(value, name)]
+    if problems:
+        return problems
+    if sides[0] == sides[1]:
+        return ["chosen and rejected are equal: there is no preference to learn"]
+    pair = _explicit(row)
+    if not pair["prompt"]:
+        return ["there is no prompt, and chosen and rejected do not begin alike: write the prompt into a field of its own"]
+    if isinstance(sides[0], list):
+        if pair["prompt"][-1]["role"] != "user":
+            return [f"chosen and rejected differ at the user's turn chosen[{len(pair['prompt'])}]: only what the assistant says may differ"]
+        return []
+    return [f"{name} is empty behind the common beginning: the other answer goes on where it ends"
+            for name in ("chosen", "rejected") if not pair[name].strip()]
+
+
+def _explicit(row):
+    """{prompt, chosen, rejected} from answers that hold their prompt: it is what they share. Strings are cut where a word
+    begins, so that none is torn in two; the space before it belongs to the answers."""
+    a, b = row["chosen"], row["rejected"]
+    n = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    if isinstance(a, str):
+        while n and a[n - 1].isalnum() and a[n - 1] < "\u2e80":  # scripts that write words apart
+            n -= 1
+        while n and a[n - 1] == " ":
+            n -= 1
+    return {"prompt": a[:n], "chosen": a[n:], "rejected": b[n:]}
+
+
+def _normal(row, kind):
+    "The fields of a good row, as every command sees them."
+    if kind in _IMPLICIT:
+        return _explicit(row)
+    if kind == "prompt":
+        return dict(row)
+    if kind == "prompt_messages":
+        prompt, answer = _asked(row["messages"])
+        more = {k: v for k, v in row.items() if k != "messages"}
+        return {"prompt": prompt, **({"answer": answer} if answer is not None and "answer" not in more else {}), **more}
+    return {f: row[f] for f in KINDS[kind]}
+
+
 def _names(row):
     return ", ".join(show(k, 30) for k in list(row)[:8]) + (", ..." if len(row) > 8 else "") if row else "no fields"
 
 
 def _wanted(accept):
-    return " or ".join(" + ".join(KINDS[kind]) for kind in accept)
+    return " or ".join(dict.fromkeys(" + ".join(_FIELDS[kind]) for kind in accept))
 
 
 def _no_kind(row, accept) -> str:
@@ -294,8 +375,8 @@ def _no_kind(row, accept) -> str:
     others = [kind for kind in KINDS if kind not in accept and present >= set(KINDS[kind])]
     if others:
         return f"a row of {' + '.join(KINDS[others[0]])}; {_wanted(accept)} is needed here"
-    nulls = [k for k, v in row.items() if v is None and any(k in KINDS[kind] for kind in accept)]
-    part = [(kind, [f for f in KINDS[kind] if f not in present]) for kind in accept if present & set(KINDS[kind])]
+    nulls = [k for k, v in row.items() if v is None and any(k in _FIELDS[kind] for kind in accept)]
+    part = [(kind, [f for f in _FIELDS[kind] if f not in present]) for kind in accept if present & set(_FIELDS[kind])]
     part.sort(key=lambda item: len(item[1]))
     if nulls:
         return f"{', '.join(nulls)} is null; {_wanted(accept)} is needed"
@@ -304,10 +385,17 @@ def _no_kind(row, accept) -> str:
         return f"{fields} is missing (found {_names(row)}; needed {_wanted(accept)})"
     hint = next((text for name, text in _FOREIGN.items() if name in row), "")
     if not hint:
-        known = sorted({f for kind in accept for f in KINDS[kind]})
+        known = sorted({f for kind in accept for f in _FIELDS[kind]})
         near = [(k, c[0]) for k in row if (c := difflib.get_close_matches(k.strip().lower(), known, 1, 0.75))]
         hint = f'did you mean "{near[0][1]}" instead of {show(near[0][0])}?' if near else ""
     return f"found {_names(row)}; needed {_wanted(accept)}" + (f". {hint}" if hint else "")
+
+
+def _kinds(row, accept):
+    "The formats whose fields a row has. A pair with a prompt is no pair without one, a prompt with messages beside it is a prompt."
+    kinds = [k for k in accept if all(row.get(f) is not None for f in _FIELDS[k])]
+    fuller = {"implicit_preference": "preference", "prompt_messages": "prompt"}
+    return [k for k in kinds if fuller.get(k) not in kinds]
 
 
 def _validate(
@@ -322,8 +410,8 @@ def _validate(
         if row is None:
             n_blank += 1
         else:
-            parsed.append((line, row, [k for k in accept if all(row.get(f) is not None for f in KINDS[k])]))
-    style = lambda row, kind: "messages" if isinstance(row[KINDS[kind][0]], list) else "strings"
+            parsed.append((line, row, _kinds(row, accept)))
+    style = lambda row, kind: "messages" if isinstance(row[_FIELDS[kind][0]], list) else "strings"
     first = next(((line, kinds[0], style(row, kinds[0])) for line, row, kinds in parsed
                   if len(kinds) == 1 and not _check(row, kinds[0])), None)
     found, rows = [], []
@@ -332,17 +420,17 @@ def _validate(
         if not kinds:
             wrong = [_no_kind(row, accept)]
         elif len(kinds) > 1 and not first:
-            wrong = [f"fields of several formats ({' and '.join(' + '.join(KINDS[k]) for k in kinds)}): keep one"]
+            wrong = [f"fields of several formats ({' and '.join(' + '.join(_FIELDS[k]) for k in kinds)}): keep one"]
         else:
             wrong = _check(row, kind)
             if not wrong and kind != first[1]:
-                wrong = [f"{' + '.join(KINDS[kind])}, but {source}:{first[0]} is {' + '.join(KINDS[first[1]])}: one format a file"]
+                wrong = [f"{' + '.join(_FIELDS[kind])}, but {source}:{first[0]} is {' + '.join(_FIELDS[first[1]])}: one format a file"]
             elif not wrong and kind != "messages" and style(row, kind) != first[2]:
-                wrong = [f"{KINDS[kind][0]} is written as {style(row, kind)}, in {source}:{first[0]} as {first[2]}: one way a file"]
+                wrong = [f"{_FIELDS[kind][0]} is written as {style(row, kind)}, in {source}:{first[0]} as {first[2]}: one way a file"]
         if wrong:
             found += [(line, f"{source}:{line}: {w}") for w in wrong]
         else:
-            rows.append(Row({f: row[f] for f in KINDS[kind]}, source, line))
+            rows.append(Row(_normal(row, kind), source, line))
     # problems of reading and of checking, in the order of the lines
     number = lambda text: int(text[len(source) + 1:].split(":", 1)[0])
     problems = [text for _, text in sorted([*((number(p), p) for p in problems), *found], key=lambda item: item[0])]
@@ -350,7 +438,8 @@ def _validate(
         raise DataError(problems)
     if not rows:
         raise DataError([f"{source}: no rows" + (f" ({n_blank} blank lines)" if n_blank else "")])
-    return Rows(rows, first[1], source, n_blank)
+    kind = "preference" if first[1] in _IMPLICIT else "prompt" if first[1] in _PROMPTS else first[1]
+    return Rows(rows, kind, source, n_blank)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,28 +544,78 @@ def _course(source):
     return enumerate(interview_examples(split), 1)
 
 
+def claim_questions(
+    split: str = "train",   # train or heldout: that of the claim's interview questions
+    language: str = "en",   # en or zh
+) -> list[dict]:
+    """Preference pairs about the claims that are not right as they stand: each interview question about one, the accurate
+    statement chosen and the article's rejected. No claim is in both parts."""
+    from llm_train_course.app.coursedata import LANGUAGES, load_claims, load_interview
+
+    end = LANGUAGES[language]
+    turn = lambda role, text: [{"role": role, "content": text}]
+    claims = {row["id"]: row for row in load_claims() if row["verdict"] in ("corrected", "qualified")}
+    return [{"prompt": turn("user", row[f"question{end}"]), "chosen": turn("assistant", claims[row["claim"]][f"truth_{language}"]),
+             "rejected": turn("assistant", claims[row["claim"]][f"statement_{language}"])}
+            for row in load_interview(split) if row["claim"] in claims]
+
+
+def _claims(source, accept):
+    "`claims[:heldout][:zh]`, in either order; as pairs, or as prompts with the accurate statement as `answer`."
+    split, language = "train", "en"
+    for part in source.split(":")[1:]:
+        if part in ("train", "heldout"):
+            split = part
+        elif part in ("en", "zh"):
+            language = part
+        else:
+            raise DataError([f"{source}: claims has the parts train and heldout, and the languages en and zh, as in claims:heldout:zh"])
+    if "preference" in accept:
+        return enumerate(claim_questions(split, language), 1)
+    if "prompt" in accept:
+        return enumerate(({"prompt": p["prompt"], "answer": p["chosen"][0]["content"]} for p in claim_questions(split, language)), 1)
+    raise DataError([f"{source}: holds preferences; {_wanted(accept)} is needed here (interview has conversations)"])
+
+
+def is_world(source: str | None) -> bool:
+    "`world`, or a part of it."
+    return source is not None and source.partition(":")[0] == "world" and not Path(source).exists()
+
+
 def _world(source, accept, world):
-    from llm_train_course.stages import World
+    import random
+
+    from llm_train_course.stages import World, make_preferences
 
     world = world or World()
-    if "messages" in accept:
-        return enumerate(world.sft_examples(), 1)
-    if "text" in accept:
-        return enumerate(({"text": text} for text in world.corpus()), 1)
-    return enumerate(world.preference_pairs(), 1)
+    part = source.partition(":")[2] or "seen"
+    if part not in ("seen", "heldout"):
+        raise DataError([f"{source}: the world has world, about the people that fine-tuning asks about, and world:heldout, about the others"])
+    seen = part == "seen"
+    if "prompt" in accept:
+        facts = [f for f in world.facts if f.seen == seen]
+        return enumerate(({"prompt": p, "answer": f.value} for p, f in zip(world.prompts(seen), facts)), 1)
+    if "messages" in accept or "text" in accept:
+        if not seen:
+            raise DataError([f"{source}: the held-out people have preferences and prompts only"])
+        return enumerate(world.sft_examples() if "messages" in accept else ({"text": text} for text in world.corpus()), 1)
+    if seen:
+        return enumerate(world.preference_pairs(), 1)
+    others = [f for f in world.facts if not f.seen]
+    return enumerate(make_preferences(others, world.true_reward, 200, 1.0, random.Random(f"held-out preferences {world.seed}")), 1)
 
 
 def read_rows(
-    source: str,                             # a file, `interview`, `interview:heldout`, `world`, or a hub name[:split]
+    source: str,                             # a file, `interview`, `claims`, `world` (or a part of them), or a hub name[:split]
     kind: str | Iterable[str] | None = None,  # the format or formats that are accepted; None: any
     *,
     world=None,                              # a `stages.World` for the source `world`
 ) -> Rows:
     "All rows of a source, checked. `DataError` lists every problem there is."
     accept = tuple(KINDS) if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
-    unknown = [k for k in accept if k not in KINDS]
+    unknown = [k for k in accept if k not in _FIELDS]
     if unknown:
-        raise ValueError(f"kind must be among {', '.join(KINDS)}, got {unknown[0]!r}")
+        raise ValueError(f"kind must be among {', '.join(_FIELDS)}, got {unknown[0]!r}")
     if not source or not str(source).strip():
         raise DataError(["data: is empty; a file or a name is needed"])
     source = str(source)
@@ -486,7 +625,9 @@ def read_rows(
     name = source.partition(":")[0]
     if name == "interview":
         return _validate(_course(source), source, accept, [])
-    if source == "world":
+    if name == "claims":
+        return _validate(_claims(source, accept), source, accept, [])
+    if name == "world":
         return _validate(_world(source, accept, world), source, accept, [])
     if _looks_like_file(source):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
@@ -595,3 +736,70 @@ def encode_rows(
     if out.n_dropped:
         out.warnings.append(f"{rows.source}: {out.n_dropped} rows were dropped (longer than max_length {max_length})")
     return out
+
+
+def _faults(rows, encode):
+    "What `encode` makes of each row, or every problem at once."
+    out, problems = [], []
+    for row in rows.rows:
+        try:
+            out.append(encode(row.value))
+        except Exception as e:  # the encoder's own words, jinja's and core's
+            text = str(e).splitlines()[0] if str(e) else type(e).__name__
+            known = isinstance(e, ValueError)
+            problems.append(f"{row.where}: {text if known else f'the chat template refuses this row ({text})'}")
+    if problems:
+        raise DataError(problems)
+    return out
+
+
+def _needs_template(rows, tokenizer):
+    if isinstance(rows.rows[0].value["prompt"], list) and not tokenizer.chat_template:
+        raise DataError([f"{rows.source}: holds messages, and the model's tokenizer has no chat template"],
+                        "Use an instruction-tuned model, or write the rows as strings.")
+
+
+def check_pairs(
+    rows: Rows,           # of kind preference
+    tokenizer,
+    max_length: int,      # tokens of prompt and answer together
+    whole: bool = False,  # an answer that does not fit is a problem; False: it is cut off there
+) -> tuple[list[dict], list[str]]:  # tokens of each pair, as `dpo.encode_pair` gives them; warnings
+    "Pairs as tokens; every bad one is named."
+    from llm_train_course.dpo import encode_pair
+
+    _needs_template(rows, tokenizer)
+
+    def encode(value):
+        pair = encode_pair(tokenizer, value, None if whole else max_length)
+        size = len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        if whole and len(pair["prompt_ids"]) >= max_length:
+            raise ValueError(f"the prompt has {len(pair['prompt_ids'])} tokens, the context holds {max_length}")
+        if whole and size > max_length:
+            raise ValueError(f"prompt and answer have {size} tokens, the limit is {max_length}")
+        return pair
+
+    pairs = _faults(rows, encode)
+    eos = tokenizer.eos_token_id
+    cut = sum(len(p["prompt_ids"] + p[f"{k}_ids"]) == max_length and p[f"{k}_ids"][-1] != eos for p in pairs for k in ("chosen", "rejected"))
+    return pairs, [f"{rows.source}: {cut} answers are cut off at {max_length} tokens"] if cut and not whole else []
+
+
+def check_prompts(
+    rows: Rows,           # of kind prompt
+    tokenizer,
+    limit: int | None,    # tokens that fit beside an answer; None: any number
+    context: str = "",    # how the limit comes about, for messages
+) -> list[list[int]]:     # tokens of each
+    "Prompts as tokens; every one that leaves no room for an answer is named."
+    _needs_template(rows, tokenizer)
+
+    def encode(value):
+        prompt = value["prompt"]
+        ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if limit is not None and len(ids) > limit:
+            raise ValueError(f"the prompt has {len(ids)} tokens, {limit} fit{context}")
+        return list(ids)
+
+    return _faults(rows, encode)

@@ -150,18 +150,39 @@ def bar_chart(
             f"<figcaption>{esc(caption)}</figcaption></figure>")
 
 
+# what commands other than fine-tuning log: names in metrics.jsonl, the axis, the caption
+_FIGURES = (
+    ({"reward": "reward"}, "nats an answer", "Reward of the answers of an iteration, sampled before it trained on them."),
+    ({"kl": "KL", "kl_k3": "KL, estimated by k3"}, "nats an answer", "KL divergence of the policy from the reference."),
+    ({"margin": "margin"}, "nats", "Margin of the chosen answers over the rejected."),
+    ({"accuracy": "accuracy"}, "share of the pairs", "Pairs in which the chosen answer is ahead."),
+    ({"logps_chosen": "chosen", "logps_rejected": "rejected"}, "nats an answer", "Log-probability of the answers."),
+    ({"length": "length"}, "tokens", "Mean length of the sampled answers."),
+    ({"entropy": "entropy"}, "nats a token", "Entropy of the policy, estimated on its samples."),
+    ({"explained_variance": "explained"}, "share", "Share of the returns' variance that the value explains."),
+    ({"flat_groups": "flat"}, "share of the groups", "Groups whose answers all got one reward, and teach nothing."),
+    ({"divergence": "divergence"}, "nats a token", "Divergence of student and teacher."),
+    ({"rollout_tokens": "tokens"}, "tokens", "Mean length of what was written."),
+)
+
+
 def training_figures(
     rows: list[dict],           # of metrics.jsonl
     eval_points: list = (),     # (step, loss) measured outside of the loop
+    unit: str = "a target token",  # what the loss is a mean over
 ) -> str:
-    "Loss, learning rate and gradient norm over the steps."
+    "Loss, learning rate and gradient norm over the steps, and what else was logged."
     points = lambda key: [(r["step"], r[key]) for r in rows if key in r]
     held = sorted(dict([*eval_points, *points("eval_loss")]).items())
     loss = {"training": points("loss"), **({"held-out": held} if held else {})}
-    figures = [line_chart(loss, "optimizer steps", "nats per target token", "Loss: mean since the last point, and on held-out rows."
+    figures = [line_chart(loss, "optimizer steps", f"nats {unit}", "Loss: mean since the last point, and on held-out rows."
                           if held else "Training loss: mean since the last point."),
                line_chart({"lr": points("lr")}, "optimizer steps", "learning rate", "Learning rate.", y_zero=True),
                line_chart({"norm": points("grad_norm")}, "optimizer steps", "gradient norm", "Gradient norm before clipping.", y_zero=True)]
+    for names, axis, caption in _FIGURES:
+        series = {name: pts for key, name in names.items() if (pts := points(key))}
+        if series:
+            figures.append(line_chart(series, "optimizer steps", axis, caption))
     return f"<div class=figs>{''.join(figures)}</div>"
 
 
@@ -196,15 +217,22 @@ def page(
             f"<main>{body}</main></body></html>\n")
 
 
-def before_after(before: dict, after: dict) -> str:
-    "Table of measures."
-    rows = [[name, before[name], after[name], after[name] - before[name]] for name in after if name in before]
-    return table(["measure", "before", "after", "change"], rows) if rows else ""
+def before_after(before: dict, after: dict, teacher: dict | None = None) -> str:
+    "Table of measures; what there is after training alone has no before."
+    rows = [[name, before[name], after[name], after[name] - before[name]] if name in before else [name, "–", after[name], "–"] for name in after]
+    if not teacher:
+        return table(["measure", "before", "after", "change"], rows) if rows else ""
+    return table(["measure", "before", "after", "change", "teacher"], [[*r, teacher.get(r[0], "–")] for r in rows]) if rows else ""
 
 
 def _how_to_load(run_dir, folder, config):
     if folder is None:
         return ""
+    if runs.is_reward_model(folder):
+        code = ("from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+                f"model = AutoModelForSequenceClassification.from_pretrained({f'{run_dir}/{folder.name}'!r})  # logits[:, 0] is the score\n"
+                f"tokenizer = AutoTokenizer.from_pretrained({f'{run_dir}/{folder.name}'!r})")
+        return f"<pre>{esc(code)}</pre><pre>{esc(f'llm-train ppo --reward_model {run_dir} --model ... --data ...')}</pre>"
     shown, base, quant = f"{run_dir}/{folder.name}", run_dir / runs.BASE, config.get("quant")
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({shown!r})"
     if folder.name == "adapter" and quant and quant["blocksize"] != 64:  # transformers knows blocks of 64 only
@@ -256,17 +284,23 @@ def write_report(
         facts.append(["base", f"{size['trained_on']:,} bytes of frozen weights" + (
             f" in 4 bits ({quant['quant_type']}, blocks of {quant['blocksize']}{', constants quantized too' * quant['double_quant']}), "
             f"{size['loaded']:,} before" if quant else "")])
+    if run.get("teacher"):
+        t = run["teacher"]
+        facts.append(["teacher", f"{t['name']}: {t['parameters']:,} parameters in {t['bytes']:,} bytes, {t['layers']} layers; "
+                                 f"the student has {run.get('student_layers')}"])
+    for name, info in (run.get("rewards") or {}).items():
+        facts.append([f"reward {name}", info["name"] + (f", sha256 {info['sha256'][:12]}…" if info.get("sha256") else "")])
     if run.get("model"):
         facts.append(["weights", ", ".join(f"{k.replace('_', ' ')}: {v}" for k, v in run["model"].items())])
     for name, info in (run.get("data") or {}).items():
         facts.append([name, f"{info['source']}: {info['rows']:,} rows of {info['kind'].replace('_', '/')}, sha256 {info['sha256'][:12]}…"])
     facts.append(["versions", ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items())])
-    model = config.get("model")
+    model = config.get("model", f"{config.get('teacher')} into {config.get('student') or 'a student made of its layers'}")
     name = model if isinstance(model, str) else "a small Llama from scratch"
     lead = f"{name} on {config.get('data')}" + (f", held out: {config['eval_data']}" if config.get("eval_data") else "") + "."
     sections = [
-        ("Result", before_after(before, after) or ("" if after else "<p>Not finished.</p>")),
-        ("Training", training_figures(metrics, held) if metrics else ""),
+        ("Result", before_after(before, after, results.get("teacher")) or ("" if after else "<p>Not finished.</p>")),
+        ("Training", training_figures(metrics, held, run.get("unit", "a target token")) if metrics else ""),
         ("Answers", sample_answers(results.get("prompts", []), results.get("answers_before", []), results.get("answers_after", []),
                                    results.get("references", []))),
         ("What was run", table(["", ""], facts)),

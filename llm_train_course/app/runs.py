@@ -191,11 +191,26 @@ def trained_folder(
     return next((p for name in ("model", "adapter") if (p := Path(run_dir).expanduser() / name).is_dir()), None)
 
 
+def is_reward_model(
+    source: str | Path,  # of `model_source`
+) -> bool:
+    "Whether a folder holds a model that scores sequences."
+    path = Path(source).expanduser() / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError, UnicodeDecodeError):
+        return False
+    return any(str(n).endswith("ForSequenceClassification") for n in names)
+
+
 def save_trained(
     run_dir: str | Path,
     model,
     tokenizer,
     quant: tuple | None = None,  # how the base was stored, and the dtype that was quantized
+    save=None,                   # (model, folder) -> None, for a model that does not save itself
 ) -> Path:
     "`adapter/` in PEFT's own format for a model with LoRA, else `model/`; safetensors and the tokenizer."
     from llm_train_course.app.adapters import write_quant
@@ -210,6 +225,8 @@ def save_trained(
         save_adapter(model, draft, str(base.absolute()) if base.is_dir() else model.name_or_path)
         if quant:
             write_quant(draft, *quant)
+    elif save:
+        save(model, draft)
     else:
         model.save_pretrained(draft)
     tokenizer.save_pretrained(draft)
@@ -251,6 +268,8 @@ def load_any(
     from llm_train_course.app.adapters import load_base
 
     source = model_source(name)
+    if is_reward_model(source):
+        raise UserError(f"model: {name} is a reward model: it scores answers and writes none")
     if (Path(source) / "adapter_config.json").is_file():
         return _load_adapted(source, dtype, merge, device)
     model, tokenizer = load_base(source, dtype or "fp32")

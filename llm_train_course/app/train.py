@@ -18,7 +18,7 @@ import torch
 from llm_train_course.app import adapters, runs
 from llm_train_course.app.adapters import LoraSpec, QuantSpec
 from llm_train_course.app.chat import prompt_ids, room
-from llm_train_course.app.data import DataError, Rows, encode_rows, read_rows
+from llm_train_course.app.data import PREFERENCES, SFT, DataError, Rows, encode_rows, is_world, read_rows
 from llm_train_course.app.runs import UserError
 from llm_train_course.core import (
     PackedBatches,
@@ -34,7 +34,7 @@ from llm_train_course.core import (
     total_steps,
     train_tokenizer,
 )
-from llm_train_course.lora import load_adapter, lora_layers
+from llm_train_course.lora import load_adapter, lora_layers, merge_lora
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +144,17 @@ class Job:
     base_bytes: tuple[int, int] | None = None       # of the weights under the adapters: as loaded, and as they are trained on
     warnings: list = field(default_factory=list)
     stem: str = ""                  # of the run folder's name, behind the command
+    # what commands other than pretraining and fine-tuning bring instead of `core.fit` and of the measures here
+    train: Callable | None = None   # (run_dir, resume) -> FitResult
+    n_steps: int | None = None      # optimizer steps; None: counted from batches
+    measures: Callable | None = None  # (job, results) -> dict
+    answers: Callable | None = None   # job -> list of texts, one for each prompt
+    save: Callable | None = None    # (model, folder) -> None: writes model/
+    merge: bool = False             # adapters become part of the weights when training is over
+    results: dict = field(default_factory=dict)  # of results.json, when `measures` is called
+    kept: dict = field(default_factory=dict)  # what `measures` wants to find again in results.json
+    more: dict = field(default_factory=dict)  # further facts, for config.yaml
+    unit: str = "a target token"    # what the loss is a mean over, for the report
 
 
 TRAINING = {}  # command -> (recipe, prepare)
@@ -179,7 +190,9 @@ def check_recipe(recipe) -> None:
     need(recipe.sample_tokens >= 1, "sample_tokens", "at least 1")
     if isinstance(recipe, SftRecipe):
         check_method(recipe)
-    if isinstance(recipe.model, Shape):
+    if hasattr(recipe, "check"):
+        recipe.check()
+    if isinstance(getattr(recipe, "model", None), Shape):
         for name in ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size"):
             need(getattr(recipe.model, name) is None or getattr(recipe.model, name) >= 1, f"model.{name}", "at least 1")
     world = recipe.world
@@ -226,7 +239,7 @@ def make_world(spec: WorldSpec):
 
 
 def uses_world(recipe) -> bool:
-    return "world" in (recipe.data, recipe.eval_data)
+    return is_world(recipe.data) or is_world(recipe.eval_data)
 
 
 def load_rows(recipe, accept, world=None) -> tuple[Rows, Rows | None, dict]:
@@ -381,7 +394,7 @@ def load_for(recipe: SftRecipe, source: str):
 def prepare_sft(recipe: SftRecipe) -> Job:
     world = make_world(recipe.world) if uses_world(recipe) else None
     source = runs.model_source(recipe.model)  # refused before the data are read
-    rows, eval_rows, info = load_rows(recipe, ("messages", "prompt_completion", "text"), world)
+    rows, eval_rows, info = load_rows(recipe, SFT, world)
     model, tokenizer, state, base_bytes = load_for(recipe, source)
     came_from = origin(model, recipe.model)
     if (Path(source) / "adapter_config.json").is_file():
@@ -441,7 +454,7 @@ def plain(recipe) -> dict:
 
 def measure(job: Job) -> dict:
     "The numbers that are compared before and after."
-    out = {}
+    out = job.measures(job, job.results) if job.measures else {}
     if job.eval_batches:
         result = evaluate(job.model, job.eval_batches, job.loss)
         out["loss"] = result["loss"]
@@ -454,6 +467,8 @@ def measure(job: Job) -> dict:
 
 def answers(job: Job) -> list[str]:
     "Greedy answers to the sample prompts, shorter where the model's context ends."
+    if job.answers:
+        return job.answers(job)
     said = [""] * len(job.prompts)
     rooms = [room(job.model, len(prompt_ids(job.tokenizer, p)), job.recipe.sample_tokens) for p in job.prompts]
     for length in sorted(set(rooms)):
@@ -496,16 +511,27 @@ def _describe(job, steps, run_dir):
     say(f"run      {run_dir}")
 
 
+def _mended_rewards(job, run_dir):
+    "Which reward files are not as they were when the run began: mended or changed, the run cannot tell."
+    began = runs.read_config(run_dir).get("run", {}).get("rewards", {})
+    return [f"reward {label}: {about['name']} has changed since the run began; from here on it is another reward"
+            for label, about in job.more.get("rewards", {}).items()
+            if began.get(label, {}).get("sha256", about.get("sha256")) != about.get("sha256")]
+
+
 def _restore_trained(job, run_dir):
     "A run whose training is over but not its evaluation: take the saved weights."
     from safetensors.torch import load_file
 
     folder = runs.trained_folder(run_dir)
+    if job.merge:
+        merge_lora(job.model, unload=True)
     if folder.name == "adapter":
         load_adapter(job.model, folder)
     else:
         state = {k: v for part in sorted(folder.glob("*.safetensors")) for k, v in load_file(part).items()}
-        job.model.load_state_dict(state, strict=False)  # a tied matrix is saved once
+        inner = job.model.model if job.save else job.model  # a reward model is a shell around what is saved
+        inner.load_state_dict(state, strict=False)  # a tied matrix is saved once
 
 
 def run_job(
@@ -516,11 +542,11 @@ def run_job(
     "Make the folder, measure, train, save, measure, report."
     recipe, start = job.recipe, time.perf_counter()
     job.model.to(device_of(recipe.train))
-    steps = total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
+    steps = job.n_steps or total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
     run_dir = _shared_dir(command, job, resume)  # from here on things are written
     main = int(os.environ.get("RANK", "0")) == 0
     go_on = f"llm-train {command} --resume {run_dir}"
-    for warning in job.warnings:
+    for warning in [*job.warnings, *(_mended_rewards(job, run_dir) if resume else [])]:
         say(f"warning: {warning}")
     _describe(job, steps, run_dir)
     try:
@@ -531,42 +557,53 @@ def run_job(
             runs.write_config(run_dir, plain(recipe), {
                 "command": command, "folder": str(run_dir), "steps": steps, "parameters": total, "trained": trained, **adapted,
                 "device": str(next(job.model.parameters()).device), "versions": runs.versions(), "model": job.source,
-                "data": job.data})
+                "data": job.data, "unit": job.unit, **job.more})
         if main and job.base_state and not (run_dir / runs.BASE).is_dir():  # first: it may be in no file tomorrow
             runs.save_base(run_dir, job.model, job.base_state, job.tokenizer)
         job.base_state = None
         results = runs.read_results(run_dir)
         if "before" not in results:
             seconds = results.get("seconds", 0.0)
+            job.results = results
             before, said = measure(job), answers(job)
+            results = {**results, **job.kept, "before": before}
             if main:
                 results = runs.update_results(run_dir, before=before, answers_before=said, prompts=job.prompts,
-                                              references=job.references, seconds=seconds)
+                                              references=job.references, seconds=seconds, **job.kept)
         if resume and runs.trained_folder(run_dir):
             _restore_trained(job, run_dir)
         else:
-            outcome = fit(job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
-                          eval_batches=job.eval_batches if recipe.train.eval_every else None)
+            if job.train:
+                outcome = job.train(run_dir, resume is not None)
+            else:
+                outcome = fit(job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
+                              eval_batches=job.eval_batches if recipe.train.eval_every else None)
             spent = results.get("seconds", 0.0) + time.perf_counter() - start
             if main:
                 runs.update_results(run_dir, seconds=spent, steps=outcome.step)
             if outcome.interrupted:
                 say(f"\nstopped after step {outcome.step} of {steps}; a checkpoint is saved. Go on with\n  {go_on}")
                 return 130
+            if job.merge:
+                merge_lora(job.model, unload=True)
             if main:
                 quant = getattr(recipe, "quant", None)
-                runs.save_trained(run_dir, job.model, job.tokenizer, quant and (quant, recipe.dtype))
+                runs.save_trained(run_dir, job.model, job.tokenizer, quant and (quant, recipe.dtype), job.save)
+        job.results = results
         after, said = measure(job), answers(job)
         if main:
             runs.update_results(run_dir, after=after, answers_after=said)
             from llm_train_course.app.report import write_report
             report = write_report(run_dir)
             print_results(runs.read_results(run_dir), runs.read_metrics(run_dir))
-            say(f"saved    {runs.trained_folder(run_dir)}\nreport   {report}\ntry it   llm-train chat {run_dir}")
+            say(f"saved    {runs.trained_folder(run_dir)}\nreport   {report}\ntry it   llm-train chat {run_dir}"
+                + (f"\nuse it   llm-train ppo --reward_model {run_dir}" if job.save else ""))
         return 0
     except Exception as e:
         if not resume and main and type(e).__name__ != "NonFiniteLoss":
             _remove_unstarted(run_dir)
+        if main and type(e).__name__ == "RewardError" and run_dir.is_dir():
+            e.args = (f"{e}\nwhat was trained before is kept; mend the reward and go on with\n  {go_on}",)
         raise
     except KeyboardInterrupt:
         say(f"\nstopped; what is saved is in {run_dir}. Go on with\n  {go_on}")
@@ -576,7 +613,7 @@ def run_job(
 def _remove_unstarted(run_dir):
     "A run that failed before its first step (a tracker that wants a login, say) leaves no folder behind."
     names = {p.name for p in run_dir.iterdir()}
-    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE} and not runs.read_metrics(run_dir):
+    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE, "reference_logps.safetensors"} and not runs.read_metrics(run_dir):
         for name in names - {runs.BASE}:
             (run_dir / name).unlink()
         shutil.rmtree(run_dir / runs.BASE, ignore_errors=True)
@@ -588,14 +625,14 @@ def print_results(results: dict, metrics: list[dict] = ()) -> None:
     losses = [r["loss"] for r in metrics if "loss" in r]
     if losses:
         print(f"loss     {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last ones, in training")
-    before, after = results.get("before", {}), results.get("after", {})
-    names = [n for n in after if n in before]
+    columns = {name: results[name] for name in ("before", "after", "teacher") if results.get(name)}
+    names = list(columns.get("after", {}))
     if not names:
         return
     width = max(len(n) for n in names) + 2
-    print(f"\n{'':<{width}}{'before':>10}{'after':>10}")
+    print(f"\n{'':<{width}}" + "".join(f"{name:>10}" for name in columns))
     for name in names:
-        print(f"{name:<{width}}{_number(before[name]):>10}{_number(after[name]):>10}")
+        print(f"{name:<{width}}" + "".join(f"{_number(c[name]) if name in c else '–':>10}" for c in columns.values()))
     print()
 
 
@@ -633,8 +670,8 @@ def start(
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class EvalRecipe:
-    "Loss per target token, perplexity, and for the small world its own measures."
-    data: str                          # as for sft, or world
+    "Loss per target token, perplexity; of preference pairs, which answer is preferred; for the small world its own measures."
+    data: str                          # as for sft, or preference pairs, or world
     max_length: int | None = None      # tokens a row; null: the model's context, at most 1024
     on_long: Literal["error", "truncate", "drop"] = "error"  # rows longer than that
     micro_batch_size: int = 8          # rows a forward pass
@@ -651,28 +688,21 @@ def evaluate_model(name: str, recipe: EvalRecipe) -> int:
     if recipe.micro_batch_size < 1:
         raise UserError(f"micro_batch_size must be at least 1, got {recipe.micro_batch_size}")
     source = runs.model_source(name)
-    world, out = None, {}
-    if recipe.data == "world":
+    reward, world = runs.is_reward_model(source), None
+    if is_world(recipe.data):
         spec = recipe.world
         if spec is None and (Path(name).expanduser() / runs.CONFIG).is_file():
             spec = WorldSpec(**(runs.read_config(name).get("world") or {}))
         world = make_world(spec or WorldSpec())
-    rows = None if world else read_rows(recipe.data, ("messages", "prompt_completion", "text"))
-    device = device_of(TrainConfig(cpu=recipe.cpu))
-    model, tokenizer = runs.load_any(source, recipe.dtype, device=device)
-    model.to(device)
-    if world:
-        if tokenizer.get_vocab() != world.tokenizer.get_vocab():
-            raise UserError(f"world: the model {name} has another vocabulary than this world; give --world.seed and its other fields")
-        out = {f"world.{k}": float(v) for k, v in world.evaluate(model).items()}
+    rows = None
+    if reward:
+        rows = read_rows("world:heldout" if recipe.data == "world" else recipe.data, PREFERENCES, world=world)
+    elif recipe.data != "world" or not world:
+        rows = _either(recipe.data, world)
+    if reward or rows and rows.kind == "preference":
+        out = _on_pairs(name, source, rows, recipe, world, reward)
     else:
-        length = context_length(model, recipe.max_length)
-        encoded = encode_rows(rows, tokenizer, length, recipe.on_long)
-        for warning in encoded.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        result = evaluate(model, PaddedBatches(encoded.examples, recipe.micro_batch_size, tokenizer.pad_token_id, shuffle=False))
-        out = {"rows": len(rows), "target_tokens": result["n_targets"], "loss": result["loss"],
-               "perplexity": math.exp(min(result["loss"], 700))}
+        out = _on_rows(name, source, rows, recipe, world)
     if recipe.json:
         print(json.dumps({"model": name, "data": recipe.data, **out}))
     else:
@@ -680,3 +710,46 @@ def evaluate_model(name: str, recipe: EvalRecipe) -> int:
         for key, value in out.items():
             print(f"{key:<{width}}{value if isinstance(value, int) else _number(value):>12}")
     return 0
+
+
+def _either(source, world):
+    "Rows for a loss, or preference pairs: whichever the data are, and where they are neither, what is nearer to right."
+    try:
+        return read_rows(source, SFT, world=world)
+    except DataError as first:
+        try:
+            return read_rows(source, PREFERENCES, world=world)
+        except DataError as second:
+            raise (second if len(second.problems) < len(first.problems) else first) from None
+
+
+def _on_pairs(name, source, rows, recipe, world, reward):
+    "A reward model, or a language model, on preference pairs."
+    from llm_train_course.app import preferences
+
+    if reward:
+        return preferences.evaluate_reward(name, source, rows, recipe, world)
+    device = device_of(TrainConfig(cpu=recipe.cpu))
+    model, tokenizer = runs.load_any(source, recipe.dtype, device=device)
+    return preferences.evaluate_pairs(model.to(device), tokenizer, rows, recipe)
+
+
+def _on_rows(name, source, rows, recipe, world):
+    "A language model on texts or answers, or its measures of the small world."
+    device = device_of(TrainConfig(cpu=recipe.cpu))
+    model, tokenizer = runs.load_any(source, recipe.dtype, device=device)
+    model.to(device)
+    if world:
+        if tokenizer.get_vocab() != world.tokenizer.get_vocab():
+            raise UserError(f"world: the model {name} has another vocabulary than this world; give --world.seed and its other fields")
+        return {f"world.{k}": float(v) for k, v in world.evaluate(model).items()}
+    length = context_length(model, recipe.max_length)
+    encoded = encode_rows(rows, tokenizer, length, recipe.on_long)
+    for warning in encoded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    result = evaluate(model, PaddedBatches(encoded.examples, recipe.micro_batch_size, tokenizer.pad_token_id, shuffle=False))
+    return {"rows": len(rows), "target_tokens": result["n_targets"], "loss": result["loss"],
+            "perplexity": math.exp(min(result["loss"], 700))}
+
+
+from llm_train_course.app import preferences as _preferences  # noqa: E402, F401  (its commands register themselves in TRAINING)
