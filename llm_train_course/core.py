@@ -7,8 +7,8 @@ __all__ = ['PAD', 'EOS', 'ROLES', 'CHAT_TEMPLATE', 'IGNORE', 'OPTIMIZERS', 'SMOL
            'tiny_llama', 'count_parameters', 'token_logps', 'linear_logps', 'target_logps', 'lm_loss', 'encode_text',
            'encode_messages', 'encode_prompt_completion', 'PaddedBatches', 'PackedBatches', 'TrainConfig',
            'learning_rate_at', 'adamw', 'CheckpointWarning', 'ResumeError', 'seal_checkpoint', 'checkpoint_faults',
-           'latest_checkpoint', 'NonFiniteLoss', 'FitResult', 'total_steps', 'evaluate', 'fit', 'generate', 'cache_dir',
-           'load_model']
+           'latest_checkpoint', 'NonFiniteLoss', 'FitResult', 'total_steps', 'evaluate', 'SpikeError', 'fit',
+           'generate', 'cache_dir', 'load_model']
 
 # %% ../nbs/00_core.ipynb #b11f8fc7
 import hashlib
@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -605,6 +605,8 @@ class _Progress:
     micro: int = 0                # micro-batches of the next one that are in the gradients already
     losses: list = field(default_factory=list)    # their loss sums on this rank
     since_log: dict = field(default_factory=dict)  # sums since the last row of metrics.jsonl
+    until: list = field(default_factory=lambda: [-1, -1])  # epoch and window up to which a rollback passes over all data
+    refused: int = 0              # updates refused in a row
 
 
 class _Objective(nn.Module):
@@ -764,7 +766,7 @@ def _restore_layout(batches, tensors, values):
         batches.load_state_dict({**{k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}, **values})
 
 # %% ../nbs/00_core.ipynb #13c1eb8b
-def _save(accelerator, model, optimizer, batches, progress, config, identity, root):
+def _save(accelerator, model, optimizer, batches, progress, config, identity, root, guard=None):
     "Write a checkpoint of the run as it stands, also in the middle of a global batch."
     name = f"step_{progress.step:08d}" + (f"_micro_{progress.micro:04d}" if progress.micro else "")
     draft, rank = root / f".draft-{name}", accelerator.process_index
@@ -776,7 +778,7 @@ def _save(accelerator, model, optimizer, batches, progress, config, identity, ro
         _write_tensors(draft / "optimizer.safetensors", tensors)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         meta = {"progress": {**asdict(progress), "losses": None}, "param_groups": groups,
-                "optimizer_numbers": numbers, "scaler": scaler, "identity": identity}
+                "optimizer_numbers": numbers, "scaler": scaler, "identity": identity, "guard": guard and guard.state_dict()}
         (draft / "state.json").write_text(json.dumps(meta))
     accelerator.wait_for_everyone()
     tensors, meta = _rng_states()
@@ -794,8 +796,8 @@ def _save(accelerator, model, optimizer, batches, progress, config, identity, ro
     accelerator.wait_for_everyone()
 
 # %% ../nbs/00_core.ipynb #d91acd48
-def _restore(accelerator, model, optimizer, batches, identity, folder):
-    "Put model, optimizer, scaler, gradients, random states and live data back; returns the progress."
+def _restore(accelerator, model, optimizer, batches, identity, folder, guard=None):
+    "Put model, optimizer, scaler, gradients, random states, live data and guard back; returns the progress."
     meta, rank = json.loads((folder / "state.json").read_text()), accelerator.process_index
     for key, now in identity.items():
         if key != "frozen" and meta["identity"].get(key) != now:
@@ -811,6 +813,8 @@ def _restore(accelerator, model, optimizer, batches, identity, folder):
     _load_optimizer(optimizer, _read_tensors(folder / "optimizer.safetensors"), meta["optimizer_numbers"], meta["param_groups"])
     if meta["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(meta["scaler"])
+    if guard is not None and meta.get("guard"):
+        guard.load_state_dict(meta["guard"])
     tensors = _read_tensors(folder / f"rank_{rank:05d}.safetensors")
     ranks = json.loads((folder / f"rank_{rank:05d}.json").read_text())
     for name, p in model.named_parameters():
@@ -869,7 +873,11 @@ def _accelerator(config, run_dir):
 _FREE_FIELDS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "trackers", "progress")
 
 
-def _identity(model, batches, config, world_size):
+def _plain(thing):
+    return {k: v for k, v in vars(thing).items() if isinstance(v, (int, float, str, bool)) and not k.startswith("_")}
+
+
+def _identity(model, batches, config, world_size, guard=None):
     fields = {f"train.{k}": v for k, v in asdict(config).items() if k not in _FREE_FIELDS}
     layout = {f"batches.{k}": v for k, v in vars(batches).items() if isinstance(v, (int, float, str, bool))}
     data = hashlib.sha256()
@@ -877,7 +885,8 @@ def _identity(model, batches, config, world_size):
         for key in sorted(e):
             data.update(np.asarray(e[key]).tobytes())
     return json.loads(json.dumps({**fields, "batches": type(batches).__name__, **layout, "data": data.hexdigest(),
-                                  "world_size": world_size, "frozen": _frozen_fingerprint(model)}))
+                                  "world_size": world_size, "frozen": _frozen_fingerprint(model),
+                                  **({"guard": [type(guard).__name__, _plain(guard)]} if guard is not None else {})}))
 
 # %% ../nbs/00_core.ipynb #0b26e2fc
 def total_steps(
@@ -896,20 +905,28 @@ def total_steps(
 class _Metrics:
     "metrics.jsonl, the trackers, the bar and the training mode. After a resume, rows of steps to be done again are dropped."
 
-    def __init__(self, accelerator, model, config, result, total):
+    def __init__(self, accelerator, model, config, result, total, p):
         from tqdm.auto import tqdm
 
         self.accelerator, self.model, self.result, self.file = accelerator, model, result, None
-        main, start, self.tracked = accelerator.is_main_process, result.step, bool(config.trackers)
+        main, self.tracked = accelerator.is_main_process, bool(config.trackers)
         if result.run_dir and main:
-            path = result.run_dir / "metrics.jsonl"
-            old = path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []
-            rows = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
-            draft = path.with_suffix(".draft")
-            draft.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
-            os.replace(draft, path)
-            self.file = path.open("a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=start, disable=not (config.progress and main), unit="step", dynamic_ncols=True)
+            self._open(p)
+        self.bar = tqdm(total=total, initial=p.step, disable=not (config.progress and main), unit="step", dynamic_ncols=True)
+
+    def _open(self, p):
+        "The file with the rows up to this step; refusals that come after it will come again."
+        path = self.result.run_dir / "metrics.jsonl"
+        old = path.read_text(encoding="utf-8").splitlines() if (p.step or p.refused) and path.exists() else []
+        rows = [line for line in old if line.endswith("}") and self._stays(json.loads(line), p)]
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
+        os.replace(draft, path)
+        self.file = path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _stays(row, p):
+        return row["step"] <= p.step and row.get("refused", [-1, -1]) < [p.epoch, p.window]
 
     def __enter__(self):
         self.was_training = self.model.training
@@ -925,8 +942,21 @@ class _Metrics:
         self.bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "eval_loss", "lr") if k in row}, refresh=False)
 
     def step(self, step):
+        self.bar.update(step - self.result.step)
         self.result.step = step
-        self.bar.update()
+
+    def refused(self, p, here, why):
+        "An update was refused: rows of steps that were undone are dropped, and the refusal is a row itself."
+        self.result.history[:] = [row for row in self.result.history if row["step"] <= p.step]
+        if self.file and p.step < self.result.step:
+            self.file.close()
+            self._open(replace(p, epoch=here[0], window=here[1]))
+        self.step(p.step)
+        row = {"step": p.step, "refused": here, "why": str(why)}
+        self.result.history.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def __exit__(self, *error):
         self.model.train(self.was_training)
@@ -961,28 +991,43 @@ def evaluate(
     return {**{k: v / n for k, v in sums.items()}, "n_targets": n}
 
 # %% ../nbs/00_core.ipynb #33276d12
-def _optimizer_step(accelerator, objective, optimizer, micro_batches, p, config, total, run_dir):
-    "Check, clip, step. Returns the sums of this global batch over all ranks, the norm before clipping and the rate."
+def _gradient(accelerator, objective, micro_batches, p, config, run_dir, guarded):
+    "Check and clip. Returns the sums of this global batch over all ranks, and the norm before clipping."
     names = list(p.losses[0])
     sums = dict(zip(names, _all_sum(accelerator, [sum(float(s[k]) for s in p.losses) for k in names])))
-    if not math.isfinite(sums["loss"]):
+    if not math.isfinite(sums["loss"]) and not guarded:
         _refuse_nonfinite(accelerator, micro_batches, p, run_dir, "loss")
     norm = float(accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf))
-    if not math.isfinite(norm) and accelerator.scaler is None:  # with a scaler, an overflow is skipped and scaled down
+    if not math.isfinite(norm) and accelerator.scaler is None and not guarded:  # a scaler skips an overflow and scales down
         _refuse_nonfinite(accelerator, micro_batches, p, run_dir, "gradient")
+    return sums, norm
+
+
+def _optimizer_step(optimizer, p, config, total, norm, monitor):
+    "Move the weights; returns the rate."
     lr = learning_rate_at(p.step, total, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if monitor is not None:
+        monitor.before_step(norm, optimizer)
     optimizer.step()
+    if monitor is not None:
+        monitor.after_step()
     optimizer.zero_grad()
-    return sums, norm, lr
+    return lr
+
+
+def _pass(p, n_windows):
+    "On to the next global batch."
+    p.window, p.micro, p.losses = p.window + 1, 0, []
+    if p.window == n_windows:
+        p.epoch, p.window = p.epoch + 1, 0
 
 
 def _advance(p, n_windows, sums, n_targets, seconds):
     "One more step is done."
-    p.step, p.window, p.micro, p.losses = p.step + 1, p.window + 1, 0, []
-    if p.window == n_windows:
-        p.epoch, p.window = p.epoch + 1, 0
+    p.step, p.refused = p.step + 1, 0
+    _pass(p, n_windows)
     for k, v in {**sums, "n_targets": n_targets, "seconds": seconds}.items():
         p.since_log[k] = p.since_log.get(k, 0.0) + v
 
@@ -1010,6 +1055,52 @@ def _prepare_folder(run_dir, resume, is_main):
         Path(run_dir).mkdir(parents=True, exist_ok=True)
     return root
 
+# %% ../nbs/00_core.ipynb #49ea830c
+class SpikeError(RuntimeError):
+    "The guard refused so many updates in a row that passing over data does not help."
+
+
+def _check_guard(guard, root, config):
+    back = getattr(guard, "rollback", 0)
+    if guard is not None and config.precision == "fp16":
+        raise ValueError("guard: with precision fp16 the loss scaler refuses updates already; use bf16 or fp32")
+    if back and not (root and config.save_every):
+        raise ValueError(f"guard: rollback={back} needs run_dir and save_every: it goes back to a checkpoint")
+    if back and back > config.save_every * (config.keep_checkpoints - 1):
+        raise ValueError(f"guard: rollback={back} is more than save_every={config.save_every} times keep_checkpoints={config.keep_checkpoints} "
+                         "less one: no checkpoint that old is kept")
+
+
+def _checkpoint_before(root, step):
+    "The newest whole checkpoint at a step border, not after this step; newer ones belong to what is undone."
+    found = [f for f in sorted(root.glob("step_*"), reverse=True) if "micro" not in f.name and int(f.name[5:13]) <= step]
+    return next((f for f in found if not checkpoint_faults(f)), None)
+
+
+def _refused(guard, loss, norm):
+    "Why the guard refuses an update, or something false. What is not finite is refused whatever it says."
+    why = guard.update(loss, norm)
+    return why or (not (math.isfinite(loss) and math.isfinite(norm)) and f"loss {loss:.4g}, gradient norm {norm:.4g}")
+
+
+def _undo(accelerator, optimizer, p, n_windows, began, guard, root, restore):
+    "The progress to go on from, with everything as it was there: before this global batch, or `guard.rollback` steps ago."
+    here, refused = [p.epoch, p.window], p.refused + 1
+    if refused > getattr(guard, "patience", 10):
+        raise SpikeError(f"the guard refused {refused} updates in a row, the last one at step {p.step} (epoch {p.epoch}, global batch {p.window})")
+    optimizer.zero_grad()
+    folder = _checkpoint_before(root, p.step - guard.rollback) if root and getattr(guard, "rollback", 0) else None
+    if folder is None:
+        _set_rng_states(*began)
+        _pass(p, n_windows)
+        p.refused = refused
+        return p
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for later in (f for f in root.glob("step_*") if f.name > folder.name):
+            shutil.rmtree(later)
+    return replace(restore(folder), until=here, refused=refused)
+
 # %% ../nbs/00_core.ipynb #a3ce44e4
 def _plan(batches, progress, save):
     "The plan of this epoch. If live data cannot be made (a reward that raises), the steps so far are saved first."
@@ -1030,36 +1121,55 @@ def fit(
     eval_batches=None,                    # a second layout, for eval_loss
     run_dir: str | Path | None = None,    # metrics.jsonl and checkpoints/ go here; None: nothing is written
     resume: bool = False,                 # go on from the newest whole checkpoint in run_dir, if there is one
+    guard=None,                           # update(loss, grad_norm) -> true: refuse the update; state_dict, load_state_dict, rollback
+    monitor=None,                         # before_step(grad_norm, optimizer), after_step(); row() goes into each row of metrics.jsonl
 ) -> FitResult:
     "Train. One loop for every chapter: on a CPU, one GPU, or several processes through `accelerate` and DDP."
     accelerator = _accelerator(config, run_dir)
     world, rank = accelerator.num_processes, accelerator.process_index
     root = _prepare_folder(run_dir, resume, accelerator.is_main_process)
+    _check_guard(guard, root, config)
     seed_everything(config.seed + rank)  # ranks draw different dropout
     objective, optimizer = accelerator.prepare(_Objective(model, loss), adamw(model, config))
-    identity, total = _identity(model, batches, config, world) if root else {}, total_steps(batches, config, world)
+    identity, total = _identity(model, batches, config, world, guard) if root else {}, total_steps(batches, config, world)
+    restore = lambda folder: _restore(accelerator, model, optimizer, batches, identity, folder, guard)
     found = latest_checkpoint(root) if resume else None
-    p = _restore(accelerator, model, optimizer, batches, identity, found) if found else _Progress()
-    save = lambda: _save(accelerator, model, optimizer, batches, p, config, identity, root)
-    due = lambda every: every is not None and (p.step % every == 0 or p.step == total)
+    p = restore(found) if found else _Progress()
+    save = lambda: _save(accelerator, model, optimizer, batches, p, config, identity, root, guard)
+    over = lambda: p.step >= total or not config.max_steps and p.epoch >= config.epochs
+    due = lambda every: every is not None and (p.step % every == 0 or over())
     result = FitResult(p.step, [], run_dir=Path(run_dir) if run_dir else None)
     epoch, windows = None, []
-    with _Metrics(accelerator, model, config, result, total) as metrics, _stop_on_signal(root is not None) as stop:
-        while p.step < total:
+    with _Metrics(accelerator, model, config, result, total, p) as metrics, _stop_on_signal(root is not None) as stop:
+        while not over():
             if epoch != p.epoch:
                 epoch, windows = p.epoch, _windows(_plan(batches, p, root and save), config.grad_accum_steps * world)
+            if [p.epoch, p.window] <= p.until:
+                _pass(p, len(windows))
+                continue
             start = time.perf_counter()  # of the training proper: evaluation and checkpoints are not counted
+            began = _rng_states() if guard else None
             mine = _my_batches(batches, windows[p.window], rank, world)
             n_targets, stopped = _all_sum(accelerator, [sum(b["n_targets"] for b in mine), stop()])
-            if stopped or not _add_gradients(accelerator, objective, mine, n_targets, p, stop):
+            # with a guard, a run stops between steps only: what it refuses is undone to the beginning of the step
+            if stopped or not _add_gradients(accelerator, objective, mine, n_targets, p, (lambda: False) if guard else stop):
                 save()
                 result.interrupted = True
                 break
-            sums, norm, lr = _optimizer_step(accelerator, objective, optimizer, mine, p, config, total, run_dir)
+            sums, norm = _gradient(accelerator, objective, mine, p, config, run_dir, guard)
+            why = guard and _refused(guard, sums["loss"] / max(n_targets, 1), norm)
+            if why:
+                here, refused = [p.epoch, p.window], p
+                p = _undo(accelerator, optimizer, p, len(windows), began, guard, root, restore)
+                epoch = epoch if p is refused else None  # after a rollback, live data are those of the checkpoint again
+                metrics.refused(p, here, why)
+                continue
+            lr = _optimizer_step(optimizer, p, config, total, norm, monitor)
             _advance(p, len(windows), sums, n_targets, time.perf_counter() - start)
             if p.step == 1 or due(config.log_every):
-                metrics.write(_log_row(p, lr, norm) | (batches.report() if hasattr(batches, "report") else {}))
-            if eval_batches and (p.step == total or due(config.eval_every)):
+                more = (batches.report() if hasattr(batches, "report") else {}) | (monitor.row() if monitor is not None else {})
+                metrics.write(_log_row(p, lr, norm) | more)
+            if eval_batches and (over() or due(config.eval_every)):
                 metrics.write({"step": p.step, **_eval_row(evaluate(model, eval_batches, loss, accelerator.autocast))})
             if root and due(config.save_every):
                 save()
