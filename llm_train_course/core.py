@@ -442,6 +442,8 @@ class TrainConfig:
     optimizer: str = "adamw"              # of bitsandbytes: adamw_8bit, paged_adamw, paged_adamw_8bit
     max_grad_norm: float | None = 1.0     # None: no clipping
     precision: str = "fp32"               # fp32, bf16 or fp16: of the arithmetic, weights keep their own dtype
+    checkpointing: str = "none"           # recompute in the backward pass: none, full, selective (attention), or "2": of two blocks
+    offload: bool = False                 # activations wait for the backward pass in the host's memory
     seed: int = 0                         # of dropout and whatever else draws while training
     log_every: int = 10                   # steps
     eval_every: int | None = None         # steps; None: only at the end
@@ -459,6 +461,8 @@ class TrainConfig:
         need(self.schedule in ("cosine", "linear", "constant"), "schedule", "cosine, linear or constant")
         need(self.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
         need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
+        need(self.checkpointing in ("none", "full", "selective") or str(self.checkpointing).isdigit() and int(self.checkpointing) > 0,
+             "checkpointing", "none, full, selective or a number of blocks")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "positive or None")
         need(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "between 0 and 1")
         need(self.warmup_steps >= 0, "warmup_steps", "at least 0")
@@ -637,14 +641,15 @@ def _to(batch, device):
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 # %% ../nbs/00_core.ipynb #093a0b0e
-def _add_gradients(accelerator, objective, micro_batches, n_targets, progress, stop):
+def _add_gradients(accelerator, objective, micro_batches, n_targets, progress, stop, lean=nullcontext):
     "Backward through one global batch, each term divided by `n_targets`. False: told to stop in between."
     world = accelerator.num_processes
     for m in range(progress.micro, len(micro_batches)):
         batch = _to(micro_batches[m], accelerator.device)
         last = m == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(objective):  # ranks exchange gradients once a step
-            total, extras = objective(batch)
+            with lean():
+                total, extras = objective(batch)
             if batch.get("idle"):
                 total, extras = total * 0, {k: v * 0 for k, v in extras.items()}
             accelerator.backward(total * (world / max(n_targets, 1)))    # DDP averages over ranks: undo that
@@ -870,7 +875,7 @@ def _accelerator(config, run_dir):
 
 
 # what may differ between the two halves of a resumed run without changing its result
-_FREE_FIELDS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "trackers", "progress")
+_FREE_FIELDS = ("log_every", "eval_every", "save_every", "keep_checkpoints", "trackers", "progress", "checkpointing", "offload")
 
 
 def _plain(thing):
@@ -1101,6 +1106,22 @@ def _undo(accelerator, optimizer, p, n_windows, began, guard, root, restore):
             shutil.rmtree(later)
     return replace(restore(folder), until=here, refused=refused)
 
+# %% ../nbs/00_core.ipynb #68624def
+@contextmanager
+def _keeping_less(model, config):
+    "A context for each forward and backward pass; the model is as it was afterwards."
+    if config.checkpointing == "none" and not config.offload:
+        yield nullcontext
+        return
+    from llm_train_course.memory import checkpoint_blocks, offload_activations  # a later chapter: only when it is asked for
+    if config.checkpointing != "none":
+        checkpoint_blocks(model, config.checkpointing)
+    try:
+        yield (lambda: offload_activations(exclude=[model])) if config.offload else nullcontext
+    finally:
+        if config.checkpointing != "none":
+            checkpoint_blocks(model, "none")
+
 # %% ../nbs/00_core.ipynb #a3ce44e4
 def _plan(batches, progress, save):
     "The plan of this epoch. If live data cannot be made (a reward that raises), the steps so far are saved first."
@@ -1140,7 +1161,8 @@ def fit(
     due = lambda every: every is not None and (p.step % every == 0 or over())
     result = FitResult(p.step, [], run_dir=Path(run_dir) if run_dir else None)
     epoch, windows = None, []
-    with _Metrics(accelerator, model, config, result, total, p) as metrics, _stop_on_signal(root is not None) as stop:
+    with (_Metrics(accelerator, model, config, result, total, p) as metrics, _stop_on_signal(root is not None) as stop,
+          _keeping_less(model, config) as lean):
         while not over():
             if epoch != p.epoch:
                 epoch, windows = p.epoch, _windows(_plan(batches, p, root and save), config.grad_accum_steps * world)
@@ -1152,7 +1174,7 @@ def fit(
             mine = _my_batches(batches, windows[p.window], rank, world)
             n_targets, stopped = _all_sum(accelerator, [sum(b["n_targets"] for b in mine), stop()])
             # with a guard, a run stops between steps only: what it refuses is undone to the beginning of the step
-            if stopped or not _add_gradients(accelerator, objective, mine, n_targets, p, (lambda: False) if guard else stop):
+            if stopped or not _add_gradients(accelerator, objective, mine, n_targets, p, (lambda: False) if guard else stop, lean):
                 save()
                 result.interrupted = True
                 break

@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from execute import is_flagged  # noqa: E402
 
-NOTEBOOKS = ["00_core.ipynb", "01_stages.ipynb", "03_lora.ipynb", "04_qlora.ipynb", "05_rlhf.ipynb", "06_dpo.ipynb", "07_distill.ipynb"]
+NOTEBOOKS = ["00_core.ipynb", "01_stages.ipynb", "03_lora.ipynb", "04_qlora.ipynb", "05_rlhf.ipynb", "06_dpo.ipynb", "07_distill.ipynb",
+             "08_precision.ipynb", "09_memory.ipynb", "10_stability.ipynb"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless",

@@ -163,7 +163,22 @@ _FIGURES = (
     ({"flat_groups": "flat"}, "share of the groups", "Groups whose answers all got one reward, and teach nothing."),
     ({"divergence": "divergence"}, "nats a token", "Divergence of student and teacher."),
     ({"rollout_tokens": "tokens"}, "tokens", "Mean length of what was written."),
+    ({"update_ratio": "update"}, "share of the weights", "Length of a step over that of the weights."),
+    ({"max_logit": "largest"}, "attention logit", "Largest attention logit."),
+    ({"attn_entropy": "mean of layers", "attn_entropy_min": "least"}, "nats", "Entropy of attention."),
+    ({"dead_units": "dead"}, "share of the units", "Units of the MLPs that stay silent."),
 )
+
+
+def refusals(
+    rows: list[dict],  # of metrics.jsonl
+) -> str:
+    "The updates that a guard refused, and how far each group of weights moved in the last step that was watched."
+    refused = [[r["step"], *r["refused"], r["why"]] for r in rows if "refused" in r]
+    moved = next((r for r in reversed(rows) if "update_ratio" in r), {})
+    groups = [[key.removeprefix("update_ratio."), value] for key, value in sorted(moved.items()) if key.startswith("update_ratio.")]
+    return ((f"<h3>Refused</h3>{table(['step', 'epoch', 'global batch', 'why'], refused)}" if refused else "")
+            + (f"<h3>Update over weights, by group, at step {moved['step']}</h3>{table(['group', 'ratio'], groups)}" if groups else ""))
 
 
 def training_figures(
@@ -300,7 +315,7 @@ def write_report(
     lead = f"{name} on {config.get('data')}" + (f", held out: {config['eval_data']}" if config.get("eval_data") else "") + "."
     sections = [
         ("Result", before_after(before, after, results.get("teacher")) or ("" if after else "<p>Not finished.</p>")),
-        ("Training", training_figures(metrics, held, run.get("unit", "a target token")) if metrics else ""),
+        ("Training", training_figures(metrics, held, run.get("unit", "a target token")) + refusals(metrics) if metrics else ""),
         ("Answers", sample_answers(results.get("prompts", []), results.get("answers_before", []), results.get("answers_after", []),
                                    results.get("references", []))),
         ("What was run", table(["", ""], facts)),

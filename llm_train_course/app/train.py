@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +64,15 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class GuardSpec:
+    "Refuse updates whose loss or gradient norm is out of line with those before, chapter 10."
+    rollback: int = 0       # steps to go back, to a checkpoint, with all data in between passed over; 0: the update alone is dropped
+    window: int = 64        # steps that are remembered
+    warmup: int = 32        # steps needed before anything but NaN and inf is refused
+    z: float = 6.0          # robust standard deviations above which a step is out of line
+
+
+@dataclass(frozen=True)
 class PretrainRecipe:
     "Train a small model from scratch on texts."
     data: str                           # JSONL or Parquet with `text`, a .txt file, a hub name[:split], or world
@@ -73,6 +83,8 @@ class PretrainRecipe:
     packing: bool = True                # several texts a row, kept apart by block-diagonal attention
     micro_batch_size: int = 16          # rows a forward pass
     gradient_checkpointing: bool = False  # keep each block's input alone and compute the block again in the backward pass
+    guard: GuardSpec | None = None      # refuses updates that are out of line; null: none is refused
+    monitor: bool = False               # log update ratios, attention and dead units beside the loss
     world: WorldSpec = field(default_factory=WorldSpec)
     samples: int = 3                    # continuations in the report
     sample_tokens: int = 48             # their greatest length
@@ -95,6 +107,8 @@ class SftRecipe:
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; train.precision is that of the arithmetic
     lora: LoraSpec | None = None        # null: all parameters are trained
     quant: QuantSpec | None = None      # the frozen weights in 4 bits, under lora; null: as dtype says
+    guard: GuardSpec | None = None      # refuses updates that are out of line; null: none is refused
+    monitor: bool = False               # log update ratios, attention and dead units beside the loss
     world: WorldSpec = field(default_factory=WorldSpec)
     samples: int = 3                    # answers before and after, in the report
     sample_tokens: int = 96             # their greatest length
@@ -123,7 +137,7 @@ class FullRecipe(SftRecipe):
 
 # what --resume may change: nothing here changes the result
 FREE = ("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.trackers",
-        "train.progress", "gradient_checkpointing", "out", "run")
+        "train.progress", "train.checkpointing", "train.offload", "gradient_checkpointing", "monitor", "out", "run")
 
 
 @dataclass
@@ -174,6 +188,20 @@ def training(
 # ---------------------------------------------------------------------------------------------------------------------
 # checks and pieces that commands share
 # ---------------------------------------------------------------------------------------------------------------------
+def _check_guard(recipe):
+    guard, train = getattr(recipe, "guard", None), recipe.train
+    if guard is None:
+        return
+    for name, least in (("rollback", 0), ("warmup", 2), ("window", max(2, guard.warmup))):
+        if getattr(guard, name) < least:
+            raise UserError(f"guard.{name} must be at least {least}, got {getattr(guard, name)!r}")
+    if not (math.isfinite(guard.z) and guard.z > 0):
+        raise UserError(f"guard.z must be positive and finite, got {guard.z!r}")
+    if guard.rollback and (not train.save_every or guard.rollback > train.save_every * (train.keep_checkpoints - 1)):
+        raise UserError(f"guard.rollback: {guard.rollback} steps need a checkpoint that old: set train.save_every, and train.keep_checkpoints so that "
+                        "their product, one checkpoint less, reaches it")
+
+
 def check_recipe(recipe) -> None:
     "What can be refused before anything is read."
     def need(ok, name, what):
@@ -190,6 +218,9 @@ def check_recipe(recipe) -> None:
     need(recipe.sample_tokens >= 1, "sample_tokens", "at least 1")
     if isinstance(recipe, SftRecipe):
         check_method(recipe)
+    if getattr(recipe, "gradient_checkpointing", False) and recipe.train.checkpointing != "none":
+        raise UserError(f"gradient_checkpointing and train.checkpointing: {recipe.train.checkpointing} are two ways to do one thing: keep one")
+    _check_guard(recipe)
     if hasattr(recipe, "check"):
         recipe.check()
     if isinstance(getattr(recipe, "model", None), Shape):
@@ -576,8 +607,9 @@ def run_job(
             if job.train:
                 outcome = job.train(run_dir, resume is not None)
             else:
-                outcome = fit(job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
-                              eval_batches=job.eval_batches if recipe.train.eval_every else None)
+                with _watching(job.model, recipe) as watch:
+                    outcome = fit(job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
+                                  eval_batches=job.eval_batches if recipe.train.eval_every else None, **watch)
             spent = results.get("seconds", 0.0) + time.perf_counter() - start
             if main:
                 runs.update_results(run_dir, seconds=spent, steps=outcome.step)
@@ -608,6 +640,20 @@ def run_job(
     except KeyboardInterrupt:
         say(f"\nstopped; what is saved is in {run_dir}. Go on with\n  {go_on}")
         return 130
+
+
+@contextmanager
+def _watching(model, recipe):
+    "The guard and the monitor that a recipe asks for, as arguments of `fit`."
+    watch = {}
+    if recipe.guard or recipe.monitor:
+        from llm_train_course.stability import Monitor, SpikeDetector
+        watch = {"guard": SpikeDetector(**asdict(recipe.guard)) if recipe.guard else None, "monitor": Monitor(model) if recipe.monitor else None}
+    try:
+        yield watch
+    finally:
+        if watch.get("monitor"):
+            watch["monitor"].close()
 
 
 def _remove_unstarted(run_dir):

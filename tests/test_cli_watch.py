@@ -1,0 +1,72 @@
+"A guard and a monitor through the command: what is refused is told, what is watched is drawn."
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_cli import FAST, here, main, model_folder, weights  # noqa: F401  (fixtures)
+
+from llm_train_course.app import runs
+
+STRANGE = {"prompt": "zq?", "completion": " " + " ".join(a + b for a in "xqzj" for b in "wfyh")}
+CAUTIOUS = ["--guard.warmup", "8", "--guard.window", "24", "--micro_batch_size", "1", "--train.log_every", "1", "--samples", "0"]
+
+
+def with_a_strange_row():
+    rows = [json.loads(line) for line in Path("prompt.jsonl").read_text().splitlines()]
+    Path("strange.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, STRANGE]))
+
+
+def test_a_strange_row_is_refused_and_told(here, model_folder, capsys):  # noqa: F811
+    with_a_strange_row()
+    args = ["sft", "--model", model_folder, "--data", "strange.jsonl", "--train.epochs", "4", *CAUTIOUS, *FAST]
+    assert main([*args, "--out", "run"]) == 0
+    rows = runs.read_metrics("run")
+    refused = [row for row in rows if "refused" in row]
+    assert refused and {row["refused"][0] for row in refused} <= {0, 1, 2, 3} and max(row["refused"][0] for row in refused) >= 2
+    assert sum("loss" in row for row in rows) == 4 * 25 - len(refused)
+    page = Path("run/report.html").read_text()
+    assert "<h3>Refused</h3>" in page and refused[0]["why"].split()[0] in page
+    capsys.readouterr()
+    # the same recipe from the run's own file refuses the same and ends at the same weights
+    assert main(["sft", "--config", "run/config.yaml", "--out", "again"]) == 0
+    one, two = weights("run"), weights("again")
+    assert one.keys() == two.keys() and all((one[k] == two[k]).all() for k in one)
+
+
+def test_what_a_monitor_sees_is_logged_and_drawn_and_changes_nothing(here, model_folder, capsys):  # noqa: F811
+    args = ["sft", "--model", model_folder, "--data", "prompt.jsonl", "--train.epochs", "2", "--samples", "0", "--lora.r", "4", *FAST]
+    assert main([*args, "--out", "plain"]) == 0 and main([*args, "--monitor", "true", "--train.checkpointing", "full", "--out", "watched"]) == 0
+    one, two = weights("plain"), weights("watched")
+    assert all((one[k] == two[k]).all() for k in one)
+    rows = [row for row in runs.read_metrics("watched") if "loss" in row]
+    assert all({"update_ratio", "max_logit", "attn_entropy", "dead_units"} <= row.keys() for row in rows)
+    page = Path("watched/report.html").read_text()
+    for words in ("Largest attention logit.", "Entropy of attention.", "Units of the MLPs that stay silent.", "Update over weights, by group"):
+        assert words in page
+    assert "Largest attention logit." not in Path("plain/report.html").read_text()
+
+
+@pytest.mark.parametrize("extra,words", [
+    (["--guard.z", "0"], "guard.z must be positive and finite, got 0.0"),
+    (["--guard.warmup", "1"], "guard.warmup must be at least 2, got 1"),
+    (["--guard.window", "8"], "guard.window must be at least 32, got 8"),
+    (["--guard.rollback", "5"], "guard.rollback: 5 steps need a checkpoint that old: set train.save_every"),
+    (["--guard.rollback", "5", "--train.save_every", "4"], "guard.rollback: 5 steps need a checkpoint that old"),
+    (["--train.checkpointing", "half"], "train.checkpointing"),
+    (["--train.checkpointing", "full", "--gradient_checkpointing", "true"], "gradient_checkpointing and train.checkpointing: full are two ways to do one thing"),
+])
+def test_refusals_name_field_and_value_and_write_nothing(extra, words, here, model_folder, capsys):  # noqa: F811
+    assert main(["sft", "--model", model_folder, "--data", "prompt.jsonl", *extra, *FAST]) == 2
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err and not Path("runs").exists()
+
+
+def test_a_rollback_goes_back_and_the_run_ends(here, model_folder, capsys):  # noqa: F811
+    with_a_strange_row()
+    assert main(["sft", "--model", model_folder, "--data", "strange.jsonl", "--train.epochs", "4", *CAUTIOUS, *FAST, "--guard.rollback", "2",
+                 "--train.save_every", "2", "--train.keep_checkpoints", "3", "--out", "run"]) == 0
+    rows = runs.read_metrics("run")
+    assert any("refused" in row for row in rows) and re.search(r"saved +run/model", capsys.readouterr().out)
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
