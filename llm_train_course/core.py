@@ -461,7 +461,7 @@ class TrainConfig:
         need(self.schedule in ("cosine", "linear", "constant"), "schedule", "cosine, linear or constant")
         need(self.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
         need(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
-        need(self.checkpointing in ("none", "full", "selective") or str(self.checkpointing).isdigit() and int(self.checkpointing) > 0,
+        need(self.checkpointing in ("none", "full", "selective") or str(self.checkpointing).isdecimal() and int(self.checkpointing) > 0,
              "checkpointing", "none, full, selective or a number of blocks")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "positive or None")
         need(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "between 0 and 1")

@@ -247,8 +247,8 @@ class CheckpointError(RuntimeError):
     "A function did something else when it was run again."
 
 
-class _Stop(Exception):
-    "Ends a recomputation: all that was saved is there."
+class _Stop(BaseException):
+    "Ends a recomputation: all that was saved is there. No Exception, which fn may catch."
 
 
 class _Ticket:
@@ -273,8 +273,20 @@ class _KeepInputs(torch.autograd.Function):
         raise CheckpointError("the node that keeps a checkpoint's inputs has no gradient")
 
 
+def _weight_of(tensor):
+    "The weight that a tensor is, is a view of, or, if it is trained, is a copy of in another dtype, as autocast makes it; else None."
+    base = tensor if tensor._base is None else tensor._base
+    if isinstance(base, nn.Parameter):
+        return base
+    node = base.grad_fn
+    leaf = node.next_functions[0][0] if node is not None and node.name() == "ToCopyBackward0" else None
+    return leaf.variable if leaf is not None and leaf.name() == "torch::autograd::AccumulateGrad" else None
+
+
 def _meta(tensor):
-    return tuple(tensor.shape), tensor.dtype, tensor.device
+    "What must be the same when recomputed; of a weight also how often it was changed in place."
+    weight = _weight_of(tensor)
+    return tuple(tensor.shape), tensor.dtype, tensor.device, None if weight is None else weight._version
 
 # %% ../nbs/09_memory.ipynb #1218b5e5
 class _State:
@@ -285,6 +297,7 @@ class _State:
         kinds = {"cpu", *(t.device.type for t in tensors if t.device.type != "meta")}
         if torch.cuda.is_initialized():  # drawn from without any tensor argument: fn may make its own
             devices.add(torch.device("cuda", torch.cuda.current_device()))
+            kinds.add("cuda")
         self.rng = torch.get_rng_state() if preserve_rng else None
         self.cuda = {d.index: torch.cuda.get_rng_state(d) for d in devices} if preserve_rng else {}
         self.autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)
@@ -459,18 +472,24 @@ class _Segment:
     "Blocks one after the other that share a frame: only the first one's input is kept."
 
     def __init__(self):
-        self.frame = self.last = None
+        self.frame = self.last = self.version = None
 
     def __getstate__(self):
-        return {"frame": None, "last": None}  # a copy of the model has no share in a graph
+        return {"frame": None, "last": None, "version": None}  # a copy of the model has no share in a graph
 
     def run(self, first, final, forward, args, kwargs):
-        # whatever stands between two blocks is not in the frame: then the second one starts its own
-        chained = not first and self.frame is not None and bool(args) and args[0] is self.last
+        # whatever stands between two blocks, a change in place too, is not in the frame: then the second one starts its own
+        same = not first and self.frame is not None and bool(args) and args[0] is self.last
+        chained = same and args[0]._version == self.version
         if not chained:
             self.frame = _Frame()
-        out = self.frame.run(forward, args, kwargs, chained)
+        try:
+            out = self.frame.run(forward, args, kwargs, chained)
+        except BaseException:
+            self.frame = self.last = None  # or they would hold the graph of a forward pass that failed
+            raise
         self.last = out[0] if isinstance(out, tuple) else out
+        self.version = self.last._version
         if final:
             self.frame = self.last = None
         return out
@@ -510,14 +529,20 @@ class _RecomputedAttention:
         return checkpoint(plain, module, *args, **kwargs)
 
 
+def _plain_attention(config, on):
+    "The name of a model's attention function, recomputed or not; refused if it cannot be recomputed and is to be."
+    name = (config._attn_implementation or "eager").removeprefix(_PREFIX)
+    if on and name not in ("eager", "sdpa"):
+        raise ValueError(f"selective recomputation is for eager and sdpa attention, not {name}: flash kernels recompute by themselves")
+    return name
+
+
 def _recompute_attention(config, on):
     "Switch the attention function of a model to the recomputed twin of it, or back."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = (config._attn_implementation or "eager").removeprefix(_PREFIX)
-    if on and name not in ("eager", "sdpa"):
-        raise ValueError(f"selective recomputation is for eager and sdpa attention, not {name}: flash kernels recompute by themselves")
+    name = _plain_attention(config, on)
     if on:
         ALL_ATTENTION_FUNCTIONS.register(_PREFIX + name, _RecomputedAttention(name))
         ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -540,14 +565,18 @@ def checkpoint_blocks(
     model: nn.Module,       # of transformers, with adapters or without; changed in place
     mode: str | int = "full",  # none, full, selective, or a number of blocks to a segment ("2" or 2)
 ) -> nn.Module:             # the same model
-    "Recompute activations in the backward pass. Gradients are the same bits; switching again replaces the mode."
-    size = 1 if mode == "full" else int(mode) if str(mode).isdigit() else 0
+    """Recompute activations in the backward pass. Gradients are the same bits; switching again replaces the mode.
+
+    `selective` is written into `model.config`: a second model of the same config object is switched with it."""
+    size = 1 if mode == "full" else int(mode) if str(mode).isdecimal() else 0
     if isinstance(mode, bool) or (mode not in ("none", "selective") and not size):
         raise ValueError(f"mode must be none, full, selective or a number of blocks, got {mode!r}")
     blocks = decoder_blocks(model)
     if any(block.gradient_checkpointing for block in blocks):
         raise ValueError("the library's own checkpointing is on: model.activation_checkpointing_disable() first")
     configs = {id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "_attn_implementation", None)}
+    for config in configs.values():  # all of them before anything is changed
+        _plain_attention(config, mode == "selective")
     for block in blocks:
         wrapper = block.__dict__.get("forward")
         if isinstance(wrapper, _Checkpointed):
@@ -661,10 +690,10 @@ def offload_activations(
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        weight = _weight_of(tensor) is not None
         spread = tensor.nbytes > storage.nbytes()  # an expanded view would grow
         if weight or spread or tensor.nbytes < max(min_bytes, 1) or storage._cdata in stay:
-            return tensor.detach()
+            return tensor.detach(), tensor._version
         flat, stride = _stretch(tensor.detach())
         place_in_memory = (tensor.storage_offset(), len(flat)) if stride else (tensor.storage_offset(), tensor.shape, tensor.stride())
         # the version: after a change in place it is another tensor. StorageWeakRef: the address is not used again meanwhile
@@ -679,8 +708,11 @@ def offload_activations(
         return away, tensor.shape, stride
 
     def unpack(packed):
-        if isinstance(packed, Tensor):
-            return packed
+        if len(packed) == 2:  # autograd does not check what a hook has packed
+            tensor, version = packed
+            if tensor._version != version:
+                raise RuntimeError("a tensor that stayed has been modified by an inplace operation")
+            return tensor
         away, shape, stride = packed
         flat = away.back()
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)

@@ -37,6 +37,8 @@ class _Layout:
             raise ValueError(f"mantissa_bits must be from 1 to 23, got {self.mantissa_bits}")
         if self.specials not in SPECIALS:
             raise ValueError(f"specials must be one of {', '.join(SPECIALS)}, got {self.specials!r}")
+        if self.exponent_bits == 8 and self.specials != "ieee":  # it would have numbers that FP32 has not
+            raise ValueError(f"8 exponent bits need specials='ieee', got {self.specials!r}")
 
     @property
     def bits(self) -> int:
@@ -106,6 +108,8 @@ class FloatFormat(_Layout):
     def cast(self, x: Tensor) -> Tensor:  # of type `dtype`, or float32 if torch has none
         "Nearest and saturating, by torch's own cast where it has one. NaN and inf stay visible, as NaN."
         x = torch.where(x.isfinite(), x, math.nan)
+        if x.dtype not in (torch.float32, torch.float64):
+            x = x.float()  # the limit may not exist in x's type
         if self.dtype is None:
             return self.round(x, saturate=True)
         return x.clamp(-self.max, self.max).to(self.dtype)
@@ -203,7 +207,7 @@ def stochastic_round(
     dtype: torch.dtype,        # bfloat16, float16 or one of the two types of eight bits
     generator: torch.Generator | None = None,
 ) -> Tensor:                   # of type dtype
-    "Round up or down at random so that the mean is x; NaN and inf stay. Too large for `dtype` overflows as its cast from above would."
+    "Round up or down at random so that the mean is x. NaN stays; inf stays, or becomes NaN in E4M3; too large is not saturated."
     if x.dtype != torch.float32:
         raise ValueError(f"x must be float32, got {x.dtype}")
     if dtype == torch.bfloat16:
@@ -286,6 +290,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
+                    if p.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                        raise ValueError(f"weights must be bfloat16, float16 or float32, got {p.dtype}")
                     _write_weight(p, *_adamw_update(p, self.state[p], group, self.rounding), self.state[p], self.rounding, self.generator)
         return loss
 
@@ -326,6 +332,8 @@ class _ScaleState:
     def update(self, new_scale: float | None = None) -> None:
         "Shrink after an overflow in any optimizer, grow after `growth_interval` steps without."
         if new_scale is not None:
+            if not (math.isfinite(new_scale) and new_scale > 0):
+                raise ValueError(f"new_scale must be positive and finite, got {new_scale}")
             self._scale = _float32(float(new_scale))
         elif not self._found:
             raise RuntimeError("update without unscale_ or step since the last one: nothing was checked for overflow")
@@ -372,9 +380,11 @@ class LossScaler(_ScaleState):
             raise ValueError("gradients are float16: unscaled in that type they would underflow. Keep FP32 weights and use autocast")
         values = [grad._values() if grad.is_sparse else grad for grad in grads]
         bad = [~v.isfinite().all() for v in values]  # stays on the device: the host waits once, not for each gradient
+        inverse = _float32(1 / self._scale) if self._scale else math.inf  # lasting NaN halves it to zero in the end, as torch's
         for v in values:
-            v.mul_(_float32(1 / self._scale))
-        self._found[id(optimizer)] = self._any_rank(torch.stack([flag.to(bad[0].device) for flag in bad]).any() if bad else torch.tensor(False))
+            v.mul_(inverse)
+        none = torch.zeros((), dtype=torch.bool, device=optimizer.param_groups[0]["params"][0].device)
+        self._found[id(optimizer)] = self._any_rank(torch.stack([flag.to(bad[0].device) for flag in bad]).any() if bad else none)
 
     def _any_rank(self, bad):
         if self.process_group is not None:
@@ -411,6 +421,7 @@ class Scaled:
     block: tuple[int | None, int | None]  # rows, columns of a block; None: all
     fmt: FloatFormat
     scale_bits: int                      # of one stored scale
+    kind: str = "fp32"                   # of the scales, see `block_scales`
 
     def dequantize(self) -> Tensor:      # (R, C) float32
         return self.codes.float() * _spread(self.scale, self.block, self.codes.shape)
@@ -418,7 +429,7 @@ class Scaled:
     @property
     def nbytes(self) -> float:
         "Codes and scales, packed."
-        extra = 4 if self.scale_bits == 8 and self.fmt == E2M1 and self.block[1] == 16 else 0  # NVFP4's scale of the whole tensor
+        extra = 4 if self.kind == "e4m3" else 0  # NVFP4's scale of the whole tensor
         return (self.codes.numel() * self.fmt.bits + self.scale.numel() * self.scale_bits) / 8 + extra
 
 
@@ -455,6 +466,8 @@ def block_scales(
     if kind not in SCALES:
         raise ValueError(f"kind must be one of {', '.join(SCALES)}, got {kind!r}")
     amax = amax.float()
+    if not amax.numel():
+        return torch.ones_like(amax)
     ratio = amax / fmt.max
     if kind == "e4m3":  # the scale of the tensor puts the largest block scale at 448
         tensor_scale = (amax.max() / (fmt.max * E4M3.max)).clamp(min=2.0**-126)
@@ -491,7 +504,7 @@ def quantize(
     else:
         codes = fmt.round(torch.where(scaled.isfinite(), scaled, math.nan), mode, True, generator)
         codes = codes if fmt.dtype is None else codes.to(fmt.dtype)
-    return Scaled(codes, scale, block, fmt, 8 if kind in ("e8m0", "e8m0_floor", "e4m3") else 32)
+    return Scaled(codes, scale, block, fmt, 8 if kind in ("e8m0", "e8m0_floor", "e4m3") else 32, kind)
 
 # %% ../nbs/08_precision.ipynb #ccdc01b4
 def mx_quantize(
@@ -519,7 +532,7 @@ class FP8Recipe:
     forward: FloatFormat = E4M3      # of activations and weights
     backward: FloatFormat = E5M2     # of the gradient that comes back
     delayed: bool = False            # scales from the largest magnitudes of earlier steps; with `tensor` only
-    history: int = 16                # steps remembered
+    history: int = 16                # calls remembered: with accumulation, micro-batches
     margin: int = 0                  # delayed: scales are 2**margin larger than the history asks for
     result: FloatFormat | None = None  # what the products are rounded to when they are written; None: FP32, or autocast's type
     backend: str = "simulated"       # any device; scaled_mm: torch's kernel, for `tensor` and `row`
@@ -564,6 +577,8 @@ def scaled_product(
     if backend == "simulated":
         return a.dequantize() @ b.dequantize().T
     shape = a.codes.shape[0], b.codes.shape[0]
+    if 0 in (*shape, a.codes.shape[1]):
+        return torch.zeros(shape, device=a.codes.device)
     a_codes, b_codes = _padded(a.codes), _padded(b.codes)
     by_row = a.block == (1, None)
     fit = lambda q, codes: F.pad(q.scale, (0, 0, 0, len(codes) - len(q.codes)), value=1.0) if by_row else q.scale.reshape(())
@@ -624,19 +639,25 @@ class FP8Linear(nn.Linear):
         self._set_recipe(recipe)
 
     def _set_recipe(self, recipe):
-        self.recipe = recipe
+        self.recipe, self._kept = recipe, {}
         if recipe.delayed:  # buffers, so that a checkpoint holds them
-            for role in ("x", "w", "grad"):
+            for role in ("x", "w", "grad"):  # DDP overwrites these with rank 0's before every forward pass
                 self.register_buffer(f"amax_{role}", torch.zeros(recipe.history, device=self.weight.device))
 
-    @torch.no_grad()
     def known_scale(self, role: str, x: Tensor) -> Tensor | None:  # (1, 1); None: to be found from x
-        "Delayed scaling: the scale that the history asks for; then x is added to the history."
+        "Delayed scaling: the scale that the history asks for; then x is added to the history. Recomputation repeats the last forward pass's."
         if not self.recipe.delayed:
             return None
+        recomputed = role != "grad" and torch._C._current_graph_task_id() != -1  # a forward pass within a backward pass
+        if not (recomputed and role in self._kept):
+            self._kept[role] = self._next_scale(role, x)
+        return self._kept[role]
+
+    @torch.no_grad()
+    def _next_scale(self, role, x):
         seen, amax = getattr(self, f"amax_{role}"), block_amax(x, (None, None)).amax() if x.numel() else torch.zeros((), device=x.device)
         largest = torch.where(seen.max() > 0, seen.max(), amax)  # nothing seen yet: look
-        if self.training:  # an overflow is no measure of what is to come: the history stays
+        if self.training and x.numel():  # an overflow is no measure of what is to come: the history stays
             seen.copy_(torch.where(amax.isfinite(), torch.cat([amax.reshape(1), seen[:-1]]), seen))
         fmt = self.recipe.backward if role == "grad" else self.recipe.forward
         return (block_scales(largest, fmt) * 2.0**self.recipe.margin).reshape(1, 1)
@@ -672,7 +693,7 @@ def from_fp8(model: nn.Module) -> None:
         if type(module) is FP8Linear:
             for role in ("x", "w", "grad"):
                 module._buffers.pop(f"amax_{role}", None)
-            del module.recipe
+            del module.recipe, module._kept
             module.__class__ = nn.Linear
 
 # %% ../nbs/08_precision.ipynb #7fdaaad2

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/10_stability.ipynb #86a1c747
-def _norm_over(grads, norm_type, device):
-    "Norm of the tensors' norms, in float32 whatever their dtype. An empty shard counts as 0."
+def _norm_over(grads, norm_type, device, dtype):
+    "Norm of the tensors' norms, each in float32 or better. An empty shard counts as 0."
     wide = lambda g: torch.promote_types(g.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(g, norm_type, dtype=wide(g)).to(device) for g in grads if g.numel()]
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
+    norms = [torch.linalg.vector_norm(g, norm_type, dtype=wide(g)).to(device, dtype) for g in grads if g.numel()]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device, dtype=dtype)
 
 
 def total_norm(
@@ -35,17 +35,20 @@ def total_norm(
     *,
     replicated: Sequence[Tensor] = (),  # gradients that every rank of `group` holds whole: counted once
     group=None,                   # process group whose ranks hold different shards; None: this process has all
+    like: Sequence[Tensor] = (),  # what a rank without gradients takes device and dtype from: ranks must send the same
 ) -> Tensor:                      # () norm of all of them as one vector
     "Norm over tensors, and over the ranks of a group."
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be positive, got {norm_type}")
-    device = next((g.device for g in (*grads, *replicated)), torch.device("cpu"))
-    parts = [_norm_over(grads, norm_type, device)]
+    known = (*grads, *replicated, *like)
+    device = next((g.device for g in known), torch.device("cpu"))
+    dtype = reduce(torch.promote_types, (g.dtype for g in known), torch.float32)
+    parts = [_norm_over(grads, norm_type, device, dtype)]
     if group is not None:  # the ranks' norms travel, not their powers, which could overflow
-        parts = [torch.empty_like(parts[0]) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, _norm_over(grads, norm_type, device), group=group)
-    return torch.linalg.vector_norm(torch.stack([*parts, _norm_over(replicated, norm_type, device)]), norm_type)
+        own, parts = parts[0], [torch.empty_like(parts[0]) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group=group)
+    return torch.linalg.vector_norm(torch.stack([*parts, _norm_over(replicated, norm_type, device, dtype)]), norm_type)
 
 # %% ../nbs/10_stability.ipynb #b22e5a8b
 @torch.no_grad()
@@ -62,11 +65,12 @@ def clip_grad_norm(
     "`torch.nn.utils.clip_grad_norm_`, with the norm in float32 and shards over ranks; in place."
     if not max_norm >= 0:
         raise ValueError(f"max_norm must not be negative, got {max_norm}")
+    replicated = [*replicated]  # it may be a generator
     whole = {id(p) for p in replicated}
     everyone = {id(p): p for p in ([parameters] if isinstance(parameters, Tensor) else [*parameters])} | {id(p): p for p in replicated}
     params = [p for p in everyone.values() if p.grad is not None]  # a tied weight counts once
     norm = total_norm([p.grad for p in params if id(p) not in whole], norm_type,
-                      replicated=[p.grad for p in params if id(p) in whole], group=group)
+                      replicated=[p.grad for p in params if id(p) in whole], group=group, like=() if group is None else [*everyone.values()])
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(f"the norm of the gradients is {norm.item()}: it cannot be clipped")
     for p in params:
@@ -291,7 +295,7 @@ def attention_entropy(
     normalised: bool = False,        # divide by the log of the number of keys that a row may see
     visible: Tensor | None = None,   # (..., T, S) or broadcastable, bool: which keys those are; None: causal if T == S, else all
 ) -> Tensor:                         # (..., T) nats, or a share of the largest possible
-    "Entropy of each query's attention (2303.06296). A row that sees one key has no choice: its share is 1."
+    "Entropy of each query's attention (2303.06296). A row that sees one key has no choice: its share is 1. Padding, which sees none, has 0."
     p = probs.float()
     entropy = -torch.special.xlogy(p, p).sum(-1)
     if not normalised:
@@ -301,7 +305,7 @@ def attention_entropy(
         visible = torch.ones(T, S, dtype=torch.bool, device=probs.device)
         visible = visible.tril() if T == S else visible
     n = visible.expand(probs.shape).sum(-1)
-    return torch.where(n > 1, entropy / n.clamp(min=2).float().log(), 1.0)
+    return torch.where(n > 1, entropy / n.clamp(min=2).float().log(), (n == 1).float())
 
 # %% ../nbs/10_stability.ipynb #811563c0
 class Attention(nn.Module):
@@ -364,26 +368,29 @@ class SmallTransformer(nn.Module):
     def __init__(self, config: SmallConfig, seed: int = 0):
         super().__init__()
         self.config = config
+        with torch.random.fork_rng(devices=[]):  # what modules draw for themselves is drawn again below
+            self._build(config)
+        self._draw(torch.Generator().manual_seed(seed))
+
+    def _build(self, config):
         d = config.hidden_size
         self.tokens, self.positions = nn.Embedding(config.vocab_size, d), nn.Embedding(config.max_length, d)
-        parts = (Attention, FeedForward) * config.n_layers
-        self.layers = nn.ModuleList(Residual(config, part(config)) for part in parts)
+        self.layers = nn.ModuleList(Residual(config, part(config)) for part in (Attention, FeedForward) * config.n_layers)
         self.embed_norm = config.make_norm() if config.embed_norm else nn.Identity()
         self.last_norm = config.make_norm() if config.placement in ("pre", "sandwich", "output") else nn.Identity()
         self.head = nn.Linear(d, config.vocab_size, bias=False)
-        self._draw(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def _draw(self, g):
         c = self.config
-        for name, p in self.named_parameters():
-            if p.ndim < 2:
-                continue  # gains and offsets of norms
+        for name, p in ((n, p) for n, p in self.named_parameters() if p.ndim > 1):  # not the gains and offsets of norms
             part = name.split(".")[-2]
             std = c.embed_std if part in ("tokens", "positions") else p.shape[1] ** -0.5
             std *= (2 * c.n_layers) ** -0.5 if c.small_init and part in ("o", "down") else 1.0
             std *= c.deepnorm[1] if part in ("v", "o", "up", "down") else 1.0
             p.copy_(torch.randn(p.shape, generator=g) * std)
+        for b in (b for n, b in self.named_buffers() if n.endswith((".u", ".v"))):  # where the power iteration of σReparam starts
+            b.copy_(F.normalize(torch.randn(b.shape, generator=g), dim=0))
 
     def embed(self, ids):  # (B, T) -> (B, T, d)
         return self.embed_norm(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
@@ -460,9 +467,10 @@ def z_loss(
     keep: Tensor | None = None,   # (...) bool: positions that count; None: all
 ) -> Tensor:                      # () mean squared log-normaliser, nats squared
     "(ln Z)², the auxiliary loss of PaLM (2204.02311) before its factor of 1e-4."
-    squares = logits.float().logsumexp(-1).square()
+    logits = logits.float()
     if keep is None:
-        return squares.mean()
+        return logits.logsumexp(-1).square().mean()
+    squares = torch.where(keep.unsqueeze(-1), logits, 0.0).logsumexp(-1).square()  # before: a zero gradient times inf is NaN
     return torch.where(keep, squares, 0.0).sum() / keep.sum().clamp(min=1)
 
 # %% ../nbs/10_stability.ipynb #c112db96
@@ -518,7 +526,7 @@ class _RobustWindow:
         here = math.log(max(value, 1e-300)) if self.log else value
         threshold = median + max(z * sigma, least)
         score = (here - median) / sigma if sigma > 0 else math.copysign(math.inf, here - median) if here != median else 0.0
-        return math.exp(threshold) if self.log else threshold, score
+        return math.exp(min(threshold, 709.0)) if self.log else threshold, score  # 709: the largest that exp can hold
 
     def add(self, value):
         self.values.append(math.log(max(value, 1e-300)) if self.log else value)
@@ -695,9 +703,8 @@ class _Hooks:
         hook(decoder, self._begin, pre=True)
         hook(decoder, self._end)
         for n, attention in enumerate(attentions):
-            for side in ("q", "k"):  # the norm on queries and keys, where there is one, comes after the projection
-                last = getattr(attention, f"{side}_norm", None) or getattr(attention, f"{side}_proj")
-                hook(last, partial(self._catch, (n, side)))
+            for side in ("q", "k"):
+                hook(getattr(attention, f"{side}_proj"), partial(self._catch, (n, side)))
             hook(attention, partial(self._attention, n))
         for n, mlp in enumerate(m for name, m in model.named_modules() if name.endswith("down_proj")):
             hook(mlp, partial(self._units, n), pre=True)
@@ -723,15 +730,25 @@ class _Hooks:
             self.caught[key] = output.detach()
 
 # %% ../nbs/10_stability.ipynb #4a24c5b4
+def _heads(module, side, x):
+    "(B, T, h d) as it leaves the projection -> (B, h, T, d), normalised as the layer does: OLMo 2 all heads at once, others each by itself."
+    norm = getattr(module, f"{side}_norm", None)
+    if norm is not None and norm.weight.numel() == x.shape[-1]:
+        x, norm = norm(x), None
+    x = x.unflatten(-1, (-1, module.head_dim))
+    return (norm(x) if norm is not None else x).transpose(1, 2)
+
+# %% ../nbs/10_stability.ipynb #4c255b9e
 class _ForwardWatch(_Hooks):
     "Attention and MLP statistics of the forward passes of one step."
 
+    @torch.no_grad()
     def _attention(self, n, module, args, kwargs, output):
         if not self.active:
             return
         B, T = self.real.shape
         rows = slice(0, self.rows)
-        q, k = (self.caught.pop((n, side)).reshape(B, T, -1, module.head_dim).transpose(1, 2)[rows] for side in ("q", "k"))
+        q, k = (_heads(module, side, self.caught.pop((n, side))[rows]) for side in ("q", "k"))
         cut = lambda t: t[rows] if isinstance(t, Tensor) and len(t) == B else t
         if kwargs.get("position_embeddings") is not None:
             rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb  # the model family's own
@@ -745,7 +762,7 @@ class _ForwardWatch(_Hooks):
     @torch.no_grad()
     def _units(self, n, module, args, kwargs):
         if self.active:
-            loud = (args[0].detach().abs() * self.real.unsqueeze(-1)).flatten(0, -2).amax(0).float()
+            loud = args[0].detach().abs().masked_fill(~self.real.unsqueeze(-1), 0).flatten(0, -2).amax(0).float()  # NaN at padding counts for nothing
             self.loudest[n] = torch.maximum(self.loudest[n], loud) if n in self.loudest else loud
 
     def row(self):
@@ -880,9 +897,9 @@ CURES = {
 
 
 def _skipped_by_scaler(rows):
-    "Rows whose step a dynamic loss scale left out: the norm is not finite, the loss is, and the scale fell."
-    return [not math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"]) and n > 0
-            and row.get("loss_scale", math.inf) < rows[n - 1].get("loss_scale", -math.inf) for n, row in enumerate(rows)]
+    "Rows whose step a dynamic loss scale left out: the norm is not finite, the loss is, and in the next row the scale has fallen."
+    fell = [b.get("loss_scale", math.inf) < a.get("loss_scale", -math.inf) for a, b in zip(rows, rows[1:])] + [False] * bool(rows)
+    return [not math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"]) and down for row, down in zip(rows, fell)]
 
 
 def _median(rows, key):
@@ -891,7 +908,7 @@ def _median(rows, key):
 
 # %% ../nbs/10_stability.ipynb #8cd4e605
 def diagnose(
-    rows: Sequence[dict],                # one a step: step, loss, grad_norm; what a `Monitor` adds; loss_scale under fp16
+    rows: Sequence[dict],                # one a step: step, loss, grad_norm; what a `Monitor` adds; under fp16 the loss_scale it used
     detector: SpikeDetector | None = None,  # a fresh one; None: the defaults
 ) -> Diagnosis:
     "The likeliest cause of the first spike in a log. Rules of thumb, checked on the spike laboratory."
@@ -904,10 +921,10 @@ def diagnose(
     before, after, here = rows[max(0, onset - 20):onset], rows[onset:onset + 30], rows[onset]
     found = lambda cause, *evidence: Diagnosis(cause, here["step"], (str(verdicts[onset]), *evidence), CURES.get(cause, ""))
     if verdicts[onset].reason == "not finite":
-        if math.isfinite(here["loss"]) and here.get("loss_scale", 1.0) > 1:
-            return found("fp16 overflow", f"the loss of the same step is ordinary ({here['loss']:.3g}), and so were the steps before",
+        if math.isfinite(here["loss"]) and here.get("loss_scale", 1.0) > 1 and len(rows) > onset + 1:
+            return found("fp16 overflow", f"the loss of the same step is finite ({here['loss']:.3g}), and no step before alarmed",
                          f"the loss scale is {here['loss_scale']:g} and did not fall")
-        return found("unknown", "not finite, without a loss scale that could explain it")
+        return found("unknown", "not finite, and no loss scale of this row and the next that could explain it")
     largest, entropy = _median(rows[max(0, onset - 5):onset + 6], "max_logit"), _median(rows[max(0, onset - 5):onset + 6], "attn_entropy")
     if largest > 30 and entropy < 0.25:
         return found("logit growth", f"attention logits of {largest:.0f}, entropy at {entropy:.2f} of its maximum around the alarm")
@@ -920,8 +937,7 @@ def diagnose(
         return found("beta2 too large", f"in {stale} of the {len(after)} steps from the alarm on, the gradient was over twice what Adam's second moment expected")
     loss_alarms = [n for n in range(onset, min(onset + 10, len(rows))) if verdicts[n] and rows[n]["loss"] > _median(before, "loss")]
     if verdicts[onset].statistic == "loss" and len(loss_alarms) <= 2:
-        return found("bad batch", f"loss {_median(before, 'loss'):.3g} before, {here['loss']:.3g}, {_median(after[1:6], 'loss'):.3g} after",
-                     "update ratio and second moment before the alarm were ordinary")
+        return found("bad batch", f"loss {_median(before, 'loss'):.3g} before, {here['loss']:.3g}, {_median(after[1:6], 'loss'):.3g} after")
     if not any(v and v.statistic == "loss" for v in verdicts):
         return Diagnosis("healthy", here["step"], (str(verdicts[onset]), "the norm moved, the loss did not"))
     return found("unknown")

@@ -54,7 +54,7 @@ def test_a_run_may_go_on_with_other_memory_settings(tmp_path):
     assert result.step == 9 and result.history[0]["step"] == 9 and torch.equal(flat(got), flat(want))
 
 
-@pytest.mark.parametrize("value", ["half", "0", "-1", "2.5", ""])
+@pytest.mark.parametrize("value", ["half", "0", "-1", "2.5", "", "²"])
 def test_bad_settings_are_named(value):
     with pytest.raises(ValueError, match=f"checkpointing must be none, full, selective or a number of blocks, got '{value}'"):
         TrainConfig(checkpointing=value)

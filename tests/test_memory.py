@@ -22,6 +22,7 @@ from llm_train_course.lora import add_lora
 from llm_train_course.memory import (
     CheckpointError,
     GPTLayer,
+    _State,
     accumulate_grads,
     adam_bytes,
     best_segment,
@@ -315,6 +316,19 @@ def test_checkpoint_passes_special_values_on(values):
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(plain, ours))
 
 
+def test_autocast_of_a_device_in_use_is_replayed_without_a_tensor_argument(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    if not torch.amp.is_autocast_available("cuda"):
+        pytest.skip("this torch has no autocast for CUDA")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        state = _State([], preserve_rng=False)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert [(kind, on) for kind, on, _ in state.autocast] == [("cpu", False), ("cuda", True)]
+
+
 def test_without_replay_the_masks_differ():
     x = torch.ones(50, requires_grad=True)
     out = checkpoint(nn.Dropout(0.5), x, preserve_rng=False)
@@ -415,6 +429,39 @@ def test_inputs_changed_in_place_are_noticed_as_by_the_library():
             out.sum().backward()
 
 
+def test_a_weight_changed_before_the_backward_pass_is_noticed_as_by_autograd():
+    for wrap, error in ((plainly, "modified by an inplace operation"), (checkpoint, "the function must do the same twice")):
+        net, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3, requires_grad=True)
+        loss = wrap(net, x).sum()
+        with torch.no_grad():
+            net[2].weight.mul_(2)
+        with pytest.raises(RuntimeError, match=error):
+            loss.backward()
+    for context in (nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)):
+        m = checkpoint_blocks(model(n_layers=2), 2)
+        with context():
+            loss = lm_loss(m, BATCH)
+        with torch.no_grad():
+            decoder_blocks(m)[0].mlp.up_proj.weight.add_(1)
+        with pytest.raises(CheckpointError, match="the function must do the same twice"):
+            loss.backward()
+
+
+def test_a_function_that_catches_exceptions_can_be_stopped_early():
+    caught = []
+
+    def careful(t):
+        try:
+            return t.exp().sin()
+        except Exception as error:
+            caught.append(error)
+            return t * 0
+    x = torch.randn(3, requires_grad=True)
+    for fn in (careful, lambda t: checkpoint(careful, t)):
+        slope, = torch.autograd.grad(checkpoint(fn, x).sum(), x)
+        assert torch.equal(slope, torch.autograd.grad(x.exp().sin().sum(), x)[0]) and not caught
+
+
 def test_nested_checkpoints_keep_the_outer_input_only():
     inner, x = nn.Sequential(nn.Linear(8, 99), nn.Tanh(), nn.Linear(99, 8)), torch.randn(4, 8, requires_grad=True)
     outer = lambda t: checkpoint(inner, checkpoint(inner, t.sin()).cos())
@@ -449,6 +496,7 @@ def test_nothing_is_left_over_after_a_backward_pass():
 # Segments
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 40))
 def test_segments_cut_and_the_best_one_is_the_best(n, size, ratio):
     parts = segments(n, size)
@@ -614,6 +662,14 @@ def test_what_stands_between_two_blocks_is_not_skipped():
         assert same(before, step_of(checkpoint_blocks(m, mode))), mode
 
 
+def test_a_change_in_place_between_two_blocks_is_not_skipped():
+    m, shift = model(n_layers=4), torch.linspace(-1, 1, 7).repeat(100)
+    m.model.layers[1].register_forward_hook(lambda block, args, out: out.add_(shift[: out.shape[-1]]))
+    before = step_of(m)
+    for mode in ("full", 2, 3, 4, "selective"):
+        assert same(before, step_of(checkpoint_blocks(m, mode))), mode
+
+
 def test_an_interrupted_forward_pass_leaves_a_model_that_can_be_copied():
     m = model(n_layers=2)
     second = decoder_blocks(m)[1]
@@ -625,7 +681,21 @@ def test_an_interrupted_forward_pass_leaves_a_model_that_can_be_copied():
     assert same(step_of(copy.deepcopy(m)), step_of(m))
 
 
-@pytest.mark.parametrize("mode, message", [("half", "'half'"), (0, "got 0"), (True, "got True"), (-1, "got -1"), ("", "got ''"), (1.5, "got 1.5")])
+def test_a_block_that_fails_leaves_no_graph_behind():
+    m = model(n_layers=2)
+    mlp = decoder_blocks(m)[1].mlp
+    checkpoint_blocks(m, 2)
+    stop = mlp.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(OSError("stop")))
+    with pytest.raises(OSError, match="stop"):
+        lm_loss(m, BATCH)
+    segment = decoder_blocks(m)[0].forward.segment
+    assert segment.frame is None and segment.last is None
+    stop.remove()
+    after = step_of(m)
+    assert same(after, step_of(checkpoint_blocks(m, "none")))
+
+
+@pytest.mark.parametrize("mode, message", [("half", "'half'"), ("²", "'²'"), (0, "got 0"), (True, "got True"), (-1, "got -1"), ("", "got ''"), (1.5, "got 1.5")])
 def test_modes_that_are_refused(mode, message):
     with pytest.raises(ValueError, match=f"mode must be none, full, selective or a number of blocks, .*{message}"):
         checkpoint_blocks(model(), mode)
@@ -634,8 +704,10 @@ def test_modes_that_are_refused(mode, message):
 def test_selective_refuses_flash_and_what_has_no_blocks():
     m = model()
     m.config._attn_implementation_internal = "flash_attention_2"
+    checkpoint_blocks(m, 2)
     with pytest.raises(ValueError, match="selective recomputation is for eager and sdpa attention, not flash_attention_2"):
         checkpoint_blocks(m, "selective")
+    assert all("forward" in block.__dict__ for block in decoder_blocks(m))  # the mode before is still on
     with pytest.raises(ValueError, match="Sequential has no blocks that can be checkpointed"):
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)), "full")
 
@@ -778,6 +850,38 @@ def test_a_tensor_changed_in_place_is_another_tensor():
         second = h * h
     assert moved.n_tensors >= 2
     assert torch.equal(torch.autograd.grad(second.sum(), h)[0], 2 * (torch.arange(4.0) + 10)) and first.requires_grad
+
+
+def test_a_tensor_that_stayed_and_was_changed_in_place_is_noticed_as_by_autograd():
+    for context, error in ((nullcontext, "modified by an inplace operation"), (offload_activations, "a tensor that stayed has been modified by an inplace operation")):
+        x = torch.ones(2, requires_grad=True)
+        with context():
+            h = x * 2
+            y = (h * h).sum()
+        with torch.no_grad():
+            h.mul_(100)
+        with pytest.raises(RuntimeError, match=error):
+            y.backward()
+    x = torch.ones(2, requires_grad=True)
+    with offload_activations():
+        (F.relu(x * 2, inplace=True) * 3).sum().backward()  # an operation in place that autograd allows
+    assert x.grad.tolist() == [6.0, 6.0]
+
+
+def test_copies_of_trained_weights_that_autocast_makes_stay():
+    bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    net, x = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4, bias=False)), torch.randn(5, 6)
+    with bfloat16(), offload_activations(min_bytes=0) as moved:
+        y = net(x)
+    copies = 2 * 10 * 4  # of the second weight: x needs no gradient, so the first is not saved
+    with bfloat16():
+        assert moved.n_bytes == saved_bytes(net, x) - copies == 2 * (5 * 6 + 5 * 10)  # the copy of x, the result of tanh
+        plain = torch.autograd.grad(net(x).sum(), [*net.parameters()])
+    assert same(plain, torch.autograd.grad(y.sum(), [*net.parameters()]))
+    net[2].requires_grad_(False)  # a copy of a frozen weight cannot be told from an activation: it is moved
+    with bfloat16(), offload_activations(min_bytes=0) as moved:
+        y = net(x)
+    assert moved.n_bytes == 2 * (5 * 6 + 5 * 10) + 2 * 10 * 4
 
 
 def test_no_folder_no_offload():

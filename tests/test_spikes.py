@@ -14,7 +14,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from llm_train_course.core import (
     IGNORE,
@@ -103,6 +114,13 @@ def test_negative_losses_zero_norms_and_extremes_are_ordinary_numbers():
     assert not any(told(tiny, [(2.0, 1e-42 * (1 + n % 3)) for n in range(60)])) and tiny.update(2.0, 1e-38)
 
 
+def test_norms_of_zero_between_others_are_no_overflow():
+    detector = SpikeDetector()
+    verdicts = told(detector, [(2.0, float(n % 2)) for n in range(60)])  # logs of 1e-300 and of 1: a spread beyond what exp can hold
+    assert not any(verdicts) and all(math.isfinite(v.threshold) for v in verdicts[32:])
+    assert detector.update(2.0, math.inf)
+
+
 def test_a_verdict_says_which_value_and_which_threshold():
     detector = SpikeDetector()
     told(detector, steps(60))
@@ -113,12 +131,14 @@ def test_a_verdict_says_which_value_and_which_threshold():
     assert str(SpikeDetector().update(2.0, 1.0)) == "step 0: warm-up, nothing is judged"
 
 
-def test_a_falling_loss_hides_nothing_and_alarms_nothing():
+def test_a_falling_loss_raises_no_alarm_and_a_large_spike_is_seen():
     g = np.random.default_rng(3)
     falling = [(8 * math.exp(-n / 40) + 0.02 * float(g.normal()), 1.0 + 0.1 * float(g.normal())) for n in range(150)]
     assert not any(told(SpikeDetector(), falling))
     falling[60] = (falling[60][0] + 2.5, 1.0)  # within what the loss was twenty steps before
     assert [v.step for v in told(SpikeDetector(), falling) if v] == [60]
+    falling[60] = (falling[55][0] + 0.1, 1.0)  # the price of a median: up to where the loss was a few steps before
+    assert not any(told(SpikeDetector(), falling))
 
 
 def test_false_alarms_on_noise_are_as_rare_as_stated():
@@ -158,11 +178,28 @@ def gemma(**kw):
                                           pad_token_id=0, eos_token_id=1, initializer_range=0.5, **kw))
 
 
+def gemma3(**kw):  # its norms on queries and keys come after the transpose
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                              head_dim=8, intermediate_size=40, query_pre_attn_scalar=8, sliding_window=5,
+                                              layer_types=["sliding_attention", "full_attention"], pad_token_id=0, eos_token_id=1, initializer_range=0.5, **kw))
+
+
+def olmo2(**kw):  # its norms go over all heads at once
+    torch.manual_seed(0)
+    net = Olmo2ForCausalLM(Olmo2Config(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                                       intermediate_size=40, pad_token_id=0, eos_token_id=1, initializer_range=0.5, **kw))
+    with torch.no_grad():
+        for layer in net.model.layers:  # gains that tell the heads apart
+            layer.self_attn.q_norm.weight.copy_(torch.linspace(0.5, 3, 32))
+    return net
+
+
 def llama(**kw):
     return model(n_kv_heads=2, initializer_range=0.5, **kw)
 
 
-@pytest.mark.parametrize("make", [llama, qwen, gemma], ids=["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("make", [llama, qwen, gemma, gemma3, olmo2], ids=["llama", "qwen3", "gemma2", "gemma3", "olmo2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_entropy_is_that_of_the_weights_the_model_returns(make, side):
     net = make(attn_implementation="eager").train()
@@ -236,6 +273,19 @@ def test_dead_units_are_counted_over_all_micro_batches_and_padding_wakes_none():
         lm_loss(net, layout.collate([0, 3]))
         lm_loss(net, layout.collate([5]))
         assert monitor.row()["dead_units"] == pytest.approx(7 / 128)
+
+
+def test_nan_at_padding_changes_no_count_of_units():
+    net, batch = model().train(), PaddedBatches(ROWS, 9, side="left").collate([0, 3, 7])
+    seen, padding = [], ~batch["attention_mask"].bool()
+    assert padding.any()
+    for spoil in (False, True):
+        handles = [layer.mlp.act_fn.register_forward_hook(lambda m, args, out: out.masked_fill(padding.unsqueeze(-1), math.nan)) for layer in net.model.layers[-1:] if spoil]
+        with Monitor(net) as monitor, torch.no_grad():
+            lm_loss(net, batch)
+            seen.append(monitor.row()["dead_units"])
+        [h.remove() for h in handles]
+    assert seen[0] == seen[1]
 
 
 def watched_run(make, watched, config, kind="padded", every=1):
@@ -423,8 +473,13 @@ def test_each_rule_finds_its_cause_and_says_why(cause):
 def test_the_diagnosis_does_without_a_monitor_and_knows_a_scaler_at_work():
     bare = [{k: row[k] for k in ("step", "loss", "grad_norm")} for row in CASES["bad batch"]]
     assert diagnose(bare).cause == "bad batch" and diagnose([]).cause == "healthy"
-    scaled = log(grad_norm={60: math.inf}, loss_scale={(0, 60): 65536.0, (60, 100): 32768.0})
-    assert diagnose(scaled).cause == "healthy"  # the step was skipped, the scale halved
+    for at in (60, 0):  # in the first step it is what a scaler that starts at 65536 usually does
+        scaled = log(grad_norm={at: math.inf}, loss_scale={(0, at + 1): 65536.0, (at + 1, 100): 32768.0})
+        assert diagnose(scaled).cause == "healthy"  # the step was skipped, the scale halved
+    last = diagnose(log(grad_norm={99: math.inf}, loss_scale={(0, 100): 65536.0}))
+    assert last.cause == "unknown"  # nobody knows whether the scale fell
+    overflow = diagnose(CASES["fp16 overflow"])
+    assert overflow.evidence[1].startswith("the loss of the same step is finite (") and overflow.evidence[2] == "the loss scale is 65536 and did not fall"
     moved = diagnose(log(grad_norm={(60, 100): 6.0}))
     assert moved.cause == "healthy" and moved.evidence[-1] == "the norm moved, the loss did not"
 

@@ -161,6 +161,18 @@ def test_per_parameter_equals_torch_on_each():
         assert_close(a.grad, b.grad)
 
 
+def test_replicated_may_be_a_generator():
+    grads = [torch.randn(s, generator=gen(k)) for k, s in enumerate(SHAPES)]
+    as_list, as_generator = with_grads(grads), with_grads(grads)
+    a = clip_grad_norm(as_list[2:], 0.5, replicated=as_list[:2])
+    b = clip_grad_norm((p for p in as_generator[2:]), 0.5, replicated=(p for p in as_generator[:2]))
+    assert_close(a, total_norm(grads))
+    assert_close(b, a)
+    for p, q in zip(as_list, as_generator):
+        assert_close(q.grad, p.grad)
+        assert float(q.grad.norm()) < 0.5  # all of them were clipped
+
+
 def _sharded(rank, folder):
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -189,6 +201,17 @@ def _sharded(rank, folder):
                 assert_close(clip_grad_norm(ours, max_norm, norm_type, group=dist.group.WORLD), theirs.full_tensor())
                 for a, b in zip(ours, params):
                     assert_close(a.grad, b.grad.to_local())
+    # a rank whose shards are all empty, or have no gradient, sends what the others send
+    long = torch.randn(1, 4, generator=gen(4), dtype=torch.float64)
+    for without in (False, True):
+        (own,) = with_grads([long[rank:]])
+        if rank and without:
+            own.grad = None
+        norm = clip_grad_norm([own], 0.5, group=dist.group.WORLD)
+        assert norm.dtype == torch.float64
+        assert_close(norm, torch.linalg.vector_norm(long))
+        if rank == 0:
+            assert_close(own.grad, long * (0.5 / (norm + 1e-6)))
     # a NaN on one rank is seen by both
     bad = with_grads([torch.tensor([math.nan if rank else 1.0])])
     with pytest.raises(RuntimeError, match="cannot be clipped"):
@@ -426,9 +449,20 @@ def test_initialisation_is_what_the_config_says():
         assert_close(weights[2], weights[0] * factor_deep)
     assert float(base.embed(torch.arange(48)[None]).detach().std()) == pytest.approx(1, rel=0.05)
     assert float(small.tokens.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+def test_a_model_is_determined_by_its_seed_and_draws_nothing_else(reparam):
     state = torch.get_rng_state()
-    a, b = (SmallTransformer(SmallConfig(50, 16, 1), seed=5) for _ in range(2))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and len(state)
+    a = SmallTransformer(SmallConfig(50, 16, 1, sigma_reparam=reparam), seed=5)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(123)
+    b = SmallTransformer(SmallConfig(50, 16, 1, sigma_reparam=reparam), seed=5)
+    c = SmallTransformer(SmallConfig(50, 16, 1, sigma_reparam=reparam), seed=6)
+    assert a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert not torch.equal(a.head.weight, c.head.weight)
+    if reparam:  # the starts of the power iterations, too, are unit vectors of the seed
+        assert not torch.equal(a.layers[0].sublayer.q.u, c.layers[0].sublayer.q.u) and float(a.layers[0].sublayer.q.u.norm()) == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad, message", [({"placement": "peri"}, "got 'peri'"), ({"norm": "batch"}, "got 'batch'"), ({"hidden_size": 10, "n_heads": 4}, "got 10 and 4")])
@@ -478,7 +512,7 @@ def test_entropy_is_torchs_and_padding_is_left_out():
     for pad in (2, 0, 5):  # left padding, none, a row of padding only
         seen = visible & (torch.arange(5) >= pad)
         probs = torch.zeros(5, 5).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0)
-        assert_close(attention_entropy(probs, True, seen), torch.ones(5))
+        assert_close(attention_entropy(probs, True, seen), seen.any(-1).float())  # a query that sees nothing counts as 0
     assert attention_entropy(p.bfloat16()).dtype == torch.float32
 
 
@@ -488,6 +522,11 @@ def test_z_loss_gradient_and_cap():
     z_loss(z, keep).backward()
     level = z.detach().logsumexp(-1, keepdim=True)
     assert_close(z.grad, 2 * level * z.detach().softmax(-1) * keep.unsqueeze(-1) / 6, rtol=1e-5, atol=1e-6)
+    spoiled = z.detach().clone()
+    spoiled[~keep] = torch.tensor([math.inf, -math.inf, math.nan, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)  # padding may hold anything
+    spoiled.requires_grad_()
+    z_loss(spoiled, keep).backward()
+    assert_close(spoiled.grad, z.grad)
     wide = torch.full((2, 5), 3e4).half()
     assert z_loss(wide).isfinite()  # in float32: the square is 9e8
     x = torch.linspace(-1e4, 1e4, 101, dtype=torch.float64)

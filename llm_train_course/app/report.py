@@ -165,7 +165,7 @@ _FIGURES = (
     ({"rollout_tokens": "tokens"}, "tokens", "Mean length of what was written."),
     ({"update_ratio": "update"}, "share of the weights", "Length of a step over that of the weights."),
     ({"max_logit": "largest"}, "attention logit", "Largest attention logit."),
-    ({"attn_entropy": "mean of layers", "attn_entropy_min": "least"}, "nats", "Entropy of attention."),
+    ({"attn_entropy": "mean of layers", "attn_entropy_min": "least"}, "share of the largest possible", "Entropy of attention."),
     ({"dead_units": "dead"}, "share of the units", "Units of the MLPs that stay silent."),
 )
 
