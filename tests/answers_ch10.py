@@ -1,10 +1,4 @@
-"The exercises of chapter 10: solutions pass, wrong answers are caught by the property that names the fault, the package's own functions pass."
-import pytest
-
-from llm_train_course.app.checker import CheckFailed, check, compile_function, load_exercises
-
-EXERCISES = {id: e for id, e in load_exercises().items() if id.startswith("10.")}
-SEEDS = range(20)
+"Chapter 10 for test_checker: plausible wrong answers (what is wrong, source, words of the property that must catch it), and the package's own functions."
 NORM = "norm = sum(x * x for g in grads for x in g) ** 0.5\n    "
 COS = "import math\n    d = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))\n    "
 Z = "import math\n    z = [x for x, s in zip(logits, visible) if s]\n    "
@@ -58,47 +52,8 @@ WRONG = {
     ],
 }  # fmt: skip
 
-
-def answer(id, body):
-    return compile_function(f"{EXERCISES[id].stub.split(chr(10))[0]}\n    {body}\n", EXERCISES[id].function)
-
-
-def test_every_exercise_has_wrong_answers_and_both_languages():
-    assert len(EXERCISES) == 5 and EXERCISES.keys() == WRONG.keys()
-    for e in EXERCISES.values():
-        assert all(len(t) > 5 for t in (e.title, e.title_zh, e.statement, e.statement_zh)) and len(e.properties) >= 3
-        assert e.solution.startswith(e.stub.split("\n")[0])
-
-
-@pytest.mark.parametrize("id", EXERCISES)
-def test_solution_passes_and_stub_fails(id, capsys):
-    e = EXERCISES[id]
-    for seed in SEEDS:
-        check(id, compile_function(e.solution, e.function), seed=seed)
-        assert capsys.readouterr().out == f"{id} passed: {len(e.properties)} properties on {25 * len(e.properties)} inputs\n"
-    with pytest.raises(CheckFailed, match=rf"{id} failed: "):
-        check(id, compile_function(e.stub, e.function), seed=0)
-
-
-@pytest.mark.parametrize("id, what, body, caught_by", [(id, *w) for id, ws in WRONG.items() for w in ws])
-def test_wrong_answer_is_caught(id, what, body, caught_by):
-    for seed in SEEDS:
-        with pytest.raises(CheckFailed) as e:
-            check(id, answer(id, body), seed=seed)
-        lines = str(e.value).split("\n")
-        assert lines[0].startswith(f"{id} failed: ") and caught_by in lines[0], (what, lines[0])
-        assert lines[1].startswith(f"  input     {EXERCISES[id].function}(")
-        assert lines[-1] == f"  again     check('{id}', {EXERCISES[id].function}, seed={seed})"
-
-
 RIGHT = {
     "10.1": "import torch\n    from llm_train_course.stability import clip_grad_norm\n    ps = [torch.nn.Parameter(torch.zeros(len(g))) for g in grads]\n    for p, g in zip(ps, grads): p.grad = torch.tensor(g)\n    clip_grad_norm(ps, max_norm)\n    return [p.grad for p in ps]",
     "10.2": "from llm_train_course.stability import warmup_cosine\n    return warmup_cosine(min(step, total_steps), warmup_steps, total_steps, min_ratio)",
     "10.4": "import torch\n    from llm_train_course.stability import attention_entropy\n    seen = torch.tensor(visible).bool()\n    p = torch.tensor(logits).masked_fill(~seen, -torch.inf).softmax(0).nan_to_num(0)\n    return attention_entropy(p[None], True, seen[None])[0] if seen.any() else 0.0",
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("id", RIGHT)
-def test_the_packages_own_functions_pass(id):
-    for seed in SEEDS:
-        check(id, answer(id, RIGHT[id]), seed=seed)

@@ -1,10 +1,4 @@
-"The exercises of chapter 9: solutions pass, wrong answers are caught by the property that names the fault, the package's own functions pass."
-import pytest
-
-from llm_train_course.app.checker import CheckFailed, check, compile_function, load_exercises
-
-EXERCISES = {id: e for id, e in load_exercises().items() if id.startswith("09.")}
-SEEDS = range(20)
+"Chapter 9 for test_checker: plausible wrong answers (what is wrong, source, words of the property that must catch it), and the package's own functions."
 C = "total, world = sum(map(sum, counts)), len(counts)\n    "
 L = "lengths = [min(size, n - s) for s in range(0, n, size)]\n    "
 R = "plain, k = 3 * (n * block + head), -(-n // size) if size else 0\n    "
@@ -52,47 +46,8 @@ WRONG = {
     ],
 }  # fmt: skip
 
-
-def answer(id, body):
-    return compile_function(f"{EXERCISES[id].stub.split(chr(10))[0]}\n    {body}\n", EXERCISES[id].function)
-
-
-def test_every_exercise_has_wrong_answers_and_both_languages():
-    assert len(EXERCISES) == 5 and EXERCISES.keys() == WRONG.keys()
-    for e in EXERCISES.values():
-        assert all(len(t) > 5 for t in (e.title, e.title_zh, e.statement, e.statement_zh)) and len(e.properties) >= 3
-        assert e.solution.startswith(e.stub.split("\n")[0])
-
-
-@pytest.mark.parametrize("id", EXERCISES)
-def test_solution_passes_and_stub_fails(id, capsys):
-    e = EXERCISES[id]
-    for seed in SEEDS:
-        check(id, compile_function(e.solution, e.function), seed=seed)
-        assert capsys.readouterr().out == f"{id} passed: {len(e.properties)} properties on {25 * len(e.properties)} inputs\n"
-    with pytest.raises(CheckFailed, match=rf"{id} failed: "):
-        check(id, compile_function(e.stub, e.function), seed=0)
-
-
-@pytest.mark.parametrize("id, what, body, caught_by", [(id, *w) for id, ws in WRONG.items() for w in ws])
-def test_wrong_answer_is_caught(id, what, body, caught_by):
-    for seed in SEEDS:
-        with pytest.raises(CheckFailed) as e:
-            check(id, answer(id, body), seed=seed)
-        lines = str(e.value).split("\n")
-        assert lines[0].startswith(f"{id} failed: ") and caught_by in lines[0], (what, lines[0])
-        assert lines[1].startswith(f"  input     {EXERCISES[id].function}(")
-        assert lines[-1] == f"  again     check('{id}', {EXERCISES[id].function}, seed={seed})"
-
-
 RIGHT = {
     "09.3": "from llm_train_course.memory import gpt_layer_bytes\n    return gpt_layer_bytes(s, b, h, a, recompute)",
     "09.4": "from llm_train_course.memory import segment_peak\n    return segment_peak(n, size, block, inp)",
     "09.1": "import torch\n    c = [torch.tensor(r, dtype=torch.float64) for r in counts]\n    n = max(sum(float(r.sum()) for r in c), 1)\n    return [r * len(c) / n for r in c]",
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("id", RIGHT)
-def test_the_packages_own_functions_pass(id):
-    for seed in SEEDS:
-        check(id, answer(id, RIGHT[id]), seed=seed)
