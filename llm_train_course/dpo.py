@@ -666,6 +666,8 @@ def _choose_reference(model, ref, settings, layouts, precision, run_dir, resume)
     "(policy, batch) -> log-probabilities, or None where the batches have them; and what identifies it."
     if settings.loss_type in REFERENCE_FREE:
         return None, "none"
+    if precision == "fp8" and ref != "adapter":  # only the model itself is in FP8, and only while `fit` runs
+        raise ValueError("precision fp8: the reference would be in other arithmetic than the policy. Use ref='adapter', a loss without reference, or bf16")
     if isinstance(ref, str) and ref == "cache":
         return None, cached_reference(model, layouts, precision, run_dir, resume)
     if isinstance(ref, str) and ref == "adapter":
@@ -724,6 +726,8 @@ def train_dpo(
     eval_pairs: Sequence[dict] | None = None,
     run_dir: str | Path | None = None,  # metrics, checkpoints and cached reference go here
     resume: bool = False,               # go on from the newest checkpoint in run_dir
+    guard=None,                         # this and the next one: see `fit`
+    monitor=None,
     **settings,                         # label_smoothing, penalty, gamma, desirable_weight, undesirable_weight, sft_weight
 ) -> FitResult:
     "Preference training from pairs, without reward model and without sampling: DPO and its relatives. A model passed as `ref` is frozen."
@@ -739,7 +743,7 @@ def train_dpo(
     reference, layouts["pairs"].reference = _choose_reference(model, ref, settings, layouts, config.precision, run_dir, resume)
     with nullcontext() if dropout else _without_dropout(model):
         return fit(model, layouts["pairs"], preference_objective(settings, reference), config,
-                   eval_batches=layouts.get("eval_pairs"), run_dir=run_dir, resume=resume)
+                   eval_batches=layouts.get("eval_pairs"), run_dir=run_dir, resume=resume, guard=guard, monitor=monitor)
 
 # %% ../nbs/06_dpo.ipynb #226daabf
 def policy_kl(

@@ -10,6 +10,7 @@ __all__ = ['SPECIALS', 'FP32', 'TF32', 'FP16', 'BF16', 'E5M2', 'E4M3', 'E3M2', '
 
 # %% ../nbs/08_precision.ipynb #702e9ffa
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -245,7 +246,7 @@ def _adamw_update(p, state, group, rounding):
     denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
     return old, new.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**t))
 
-
+# %% ../nbs/08_precision.ipynb #beee3fb2
 def _write_weight(p, old, new, state, rounding, generator):
     "Store the new weight in the type of p."
     if rounding == "master":
@@ -260,7 +261,30 @@ def _write_weight(p, old, new, state, rounding, generator):
     else:
         p.copy_(new)
 
-# %% ../nbs/08_precision.ipynb #beee3fb2
+# %% ../nbs/08_precision.ipynb #4732b91d
+def _check_rounded(rounding, lr, betas, eps, weight_decay, generator, seed):
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"lr, eps and weight_decay must not be negative and betas in [0, 1), got {(lr, eps, weight_decay, betas)}")
+    if generator is not None and seed is not None:
+        raise ValueError("generator and seed are two sources of the same random bits: give one")
+
+
+def _generators_of(optimizer):
+    "device -> the generator of this step: the one given, or one seeded by `seed` and the number of steps done."
+    if optimizer.seed is None or optimizer.rounding != "stochastic":
+        return lambda device: optimizer.generator
+    steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    bits, made = random.Random((optimizer.seed << 32) + steps).getrandbits(32), {}
+
+    def of(device):
+        if device not in made:
+            made[device] = torch.Generator(device).manual_seed(bits)
+        return made[device]
+    return of
+
+# %% ../nbs/08_precision.ipynb #ffe8bc44
 class RoundedAdamW(torch.optim.Optimizer):
     "AdamW (1711.05101) for weights of 16 bits; arithmetic and moments are FP32, and `rounding` says how an update is written."
 
@@ -273,12 +297,10 @@ class RoundedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         rounding: str = "stochastic",  # nearest, stochastic, kahan (2 more bytes a weight) or master (4 more)
         generator: torch.Generator | None = None,  # of stochastic rounding; seeded alike on all replicas, or they drift apart
+        seed: int | None = None,       # instead: the random bits of a step follow from this and the number of the step, a resumed run's too
     ):
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"lr, eps and weight_decay must not be negative and betas in [0, 1), got {(lr, eps, weight_decay, betas)}")
-        self.rounding, self.generator = rounding, generator
+        _check_rounded(rounding, lr, betas, eps, weight_decay, generator, seed)
+        self.rounding, self.generator, self.seed = rounding, generator, seed
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -287,12 +309,13 @@ class RoundedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        generators = _generators_of(self)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     if p.dtype not in (torch.bfloat16, torch.float16, torch.float32):
                         raise ValueError(f"weights must be bfloat16, float16 or float32, got {p.dtype}")
-                    _write_weight(p, *_adamw_update(p, self.state[p], group, self.rounding), self.state[p], self.rounding, self.generator)
+                    _write_weight(p, *_adamw_update(p, self.state[p], group, self.rounding), self.state[p], self.rounding, generators(p.device))
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -404,7 +427,7 @@ class LossScaler(_ScaleState):
         self._stepped.add(id(optimizer))
         return None if self._found[id(optimizer)] else optimizer.step(**kwargs)
 
-
+# %% ../nbs/08_precision.ipynb #d8db3568
 def _float32(value):
     "A Python number rounded to FP32, which is what torch stores of a scale."
     return float(torch.tensor(value, dtype=torch.float64).float())
@@ -432,7 +455,7 @@ class Scaled:
         extra = 4 if self.kind == "e4m3" else 0  # NVFP4's scale of the whole tensor
         return (self.codes.numel() * self.fmt.bits + self.scale.numel() * self.scale_bits) / 8 + extra
 
-
+# %% ../nbs/08_precision.ipynb #f2ba5cb2
 def _sizes(block, shape):
     return [max(1, size if b is None else b) for b, size in zip(block, shape)]
 
@@ -675,10 +698,10 @@ class FP8Linear(nn.Linear):
 def to_fp8(
     model: nn.Module,                    # changed in place; parameters stay the same objects
     recipe: FP8Recipe = FP8Recipe(),     # noqa: B008  (frozen)
-    skip: Sequence[str] = ("lm_head",),  # last parts of names that stay as they are
+    skip: Sequence[str] = ("lm_head",),  # parts of names: what lies under them stays as it is
 ) -> list[str]:                          # names of the layers that were replaced
     "Replace every `nn.Linear`. Adapters, quantized layers and other subclasses are left alone."
-    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear and name.split(".")[-1] not in skip]
+    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear and not set(name.split(".")) & set(skip)]
     if not found:
         raise ValueError(f"no nn.Linear to replace in {type(model).__name__}, except for {', '.join(skip) or 'nothing'}")
     for _, module in found:

@@ -390,6 +390,8 @@ def train_reward_model(
     center: float = 0.0,                 # see `PairBatches`
     run_dir: str | Path | None = None,   # for metrics and checkpoints
     resume: bool = False,
+    guard=None,                          # this and the next one: see `fit`
+    monitor=None,
 ) -> tuple[RewardModel, FitResult]:
     "Fit a scalar to preferences: pairs in, a reward model out."
     limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -401,7 +403,7 @@ def train_reward_model(
     if not any(p.requires_grad for p in model.parameters()):  # train_ppo and train_grpo freeze the model that they are given
         for p in model.parameters():
             p.requires_grad_(p.is_floating_point())
-    result = fit(model, batches, reward_loss, config, eval_batches=eval_batches, run_dir=run_dir, resume=resume)
+    result = fit(model, batches, reward_loss, config, eval_batches=eval_batches, run_dir=run_dir, resume=resume, guard=guard, monitor=monitor)
     return model, result
 
 # %% ../nbs/05_rlhf.ipynb #def9e218
@@ -742,6 +744,8 @@ class Sampler:
     ):
         if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer needs a padding and an end token, it has {tokenizer.pad_token!r} and {tokenizer.eos_token!r}")
+        if precision not in ("fp32", "bf16", "fp16"):  # fp8's scales depend on what stands beside a token: sampling would not be training
+            raise ValueError(f"precision must be fp32, bf16 or fp16 where answers are sampled, got {precision!r}")
         config = policy.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None)
         self.rows, self.prompts = encode_prompts(tokenizer, prompts, room and room - sampling.max_new_tokens)

@@ -253,7 +253,7 @@ def test_bitsandbytes_optimizers_by_name(here, kept, capsys):
     assert 1e-4 < (eight - want).abs().max() < 0.1
     capsys.readouterr()
     assert main(["lora", "--model", "tiny", *FAST, "--train.optimizer", "adam"]) == 2
-    assert "optimizer must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, got 'adam'" in capsys.readouterr().err
+    assert "optimizer must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, adamw_stochastic, adamw_kahan, got 'adam'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,3 +70,24 @@ def test_a_rollback_goes_back_and_the_run_ends(here, model_folder, capsys):  # n
     assert any("refused" in row for row in rows) and re.search(r"saved +run/model", capsys.readouterr().out)
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("command,extra", [("rm", []), ("dpo", ["--lora.r", "4"]), ("dpo", ["--reference", "cache"])], ids=["rm", "dpo-adapter", "dpo-cache"])
+def test_rm_and_dpo_are_watched_too(command, extra, here, model_folder, capsys):  # noqa: F811
+    pairs = [{"prompt": f"Where is {n}?", "chosen": f" In the {c} house.", "rejected": f" {c}"} for n in ("Ada", "Ben", "Cleo", "Dan") for c in ("red", "old", "big")]
+    Path("pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    args = [command, "--model", model_folder, "--data", "pairs.jsonl", "--train.epochs", "2", "--samples", "0", *extra, *FAST]
+    assert main([*args, "--out", "plain"]) == 0 and main([*args, "--monitor", "true", "--guard.warmup", "2", "--guard.window", "8", "--out", "watched"]) == 0
+    one, two = weights("plain"), weights("watched")
+    rows = runs.read_metrics("watched")
+    refused = sum("refused" in row for row in rows)
+    assert refused or all((one[k] == two[k]).all() for k in one)
+    seen = [row for row in rows if "loss" in row]
+    assert all({"update_ratio", "max_logit", "attn_entropy", "dead_units"} <= row.keys() for row in seen)
+    assert runs.read_config("watched")["guard"]["window"] == 8
+    assert "Largest attention logit." in Path("watched/report.html").read_text()
+
+
+def test_the_guard_of_dpo_refuses(here, model_folder, capsys):  # noqa: F811
+    assert main(["dpo", "--model", model_folder, "--data", "claims", "--guard.rollback", "3", *FAST]) == 2
+    assert "guard.rollback: 3 steps need a checkpoint that old" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from llm_train_course.app.data import (
 )
 from llm_train_course.app.runs import UserError
 from llm_train_course.app.train import (
+    GuardSpec,
     Job,
     WorldSpec,
     as_prompt,
@@ -82,6 +83,8 @@ class _Recipe:
 class RewardRecipe(_Recipe):
     "Fit a reward model to preferences, chapter 5: a scalar for each answer. It is saved as a whole model, with or without lora."
     center: float = 0.0                 # weight of (chosen + rejected)^2, which keeps the scores around zero
+    guard: GuardSpec | None = None      # refuses updates that are out of line; null: none is refused
+    monitor: bool = False               # log update ratios, attention and dead units beside the loss
 
     def check(self) -> None:
         super().check()
@@ -102,6 +105,8 @@ class DpoRecipe(_Recipe):
     sft_weight: float = 0.0             # weight of the chosen answer's mean loss, added to any loss
     reference: Literal["auto", "cache", "adapter", "copy"] = "auto"  # auto: the switched-off adapter with lora, else cached log-probabilities
     share_prompt: bool = True           # both answers behind one pass over their prompt; false: a row for each
+    guard: GuardSpec | None = None      # refuses updates that are out of line; null: none is refused
+    monitor: bool = False               # log update ratios, attention and dead units beside the loss
 
     def settings(self) -> dpo.Preference:
         return dpo.Preference(**{name: getattr(self, name) for name in dpo.Preference.__dataclass_fields__})
@@ -110,6 +115,9 @@ class DpoRecipe(_Recipe):
         super().check()
         if self.reference == "adapter" and not self.lora:
             raise UserError("reference: adapter is the policy with its adapter switched off: add a lora section, or take cache or copy")
+        ref = ("adapter" if self.lora else "cache") if self.reference == "auto" else self.reference
+        if self.train.precision == "fp8" and ref != "adapter" and self.loss_type not in dpo.REFERENCE_FREE:
+            raise UserError(f"train.precision: fp8 needs a reference in the same arithmetic, reference {ref} is not: add a lora section, or use bf16")
         try:
             self.settings()
         except ValueError as e:
@@ -136,6 +144,8 @@ class _OnPolicy(_Recipe):
 
     def check(self) -> None:
         super().check()
+        if self.train.precision == "fp8":
+            raise UserError("train.precision: fp8 is not for answers that are sampled: sampling and training would round differently, use bf16")
         _positive(self, "clip_eps")
         for name, value in asdict(self.sampling).items():
             if name == "missing_eos_penalty":
@@ -393,9 +403,9 @@ def prepare_rm(recipe: RewardRecipe) -> Job:
     return Job(recipe, model, tokenizer, batches, measures=measures, answers=scores if shown else None, save=save, merge=True,
                prompts=[v["prompt"] for v in shown], data=info, source=came_from, stem=runs.slug(recipe.model), unit="a pair",
                references=[f"chosen: {_text(v['chosen'])}\nrejected: {_text(v['rejected'])}" for v in shown],
-               train=lambda run_dir, resume: rlhf.train_reward_model(
+               train=lambda run_dir, resume, **watch: rlhf.train_reward_model(
                    model, tokenizer, rows.values, recipe.train, eval_pairs=_eval_rows(recipe, eval_rows),
-                   micro_batch_size=recipe.micro_batch_size, max_length=limit, center=recipe.center, run_dir=run_dir, resume=resume)[1])
+                   micro_batch_size=recipe.micro_batch_size, max_length=limit, center=recipe.center, run_dir=run_dir, resume=resume, **watch)[1])
 
 
 def pairs_of(examples, tokenizer, device):
@@ -443,9 +453,10 @@ def prepare_dpo(recipe: DpoRecipe) -> Job:
     return Job(recipe, model, tokenizer, batches, prompts=prompts, references=references, world=world, data=info, **kept,
                stem=runs.slug(recipe.model), warnings=[*warned, *held_warned], unit="a pair",
                measures=lambda job, results: pair_measures(job, held, settings, results) if held else {},
-               train=lambda run_dir, resume: dpo.train_dpo(
+               train=lambda run_dir, resume, **watch: dpo.train_dpo(
                    model, tokenizer, rows.values, recipe.train, ref=ref, micro_batch_size=recipe.micro_batch_size, max_length=limit,
-                   share_prompt=recipe.share_prompt, eval_pairs=_eval_rows(recipe, eval_rows), run_dir=run_dir, resume=resume, **asdict(settings)))
+                   share_prompt=recipe.share_prompt, eval_pairs=_eval_rows(recipe, eval_rows), run_dir=run_dir, resume=resume,
+                   **watch, **asdict(settings)))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from llm_train_course.app.chat import prompt_ids, room
 from llm_train_course.app.data import PREFERENCES, SFT, DataError, Rows, encode_rows, is_world, read_rows
 from llm_train_course.app.runs import UserError
 from llm_train_course.core import (
+    ROUNDED_ADAMW,
     PackedBatches,
     PaddedBatches,
     TrainConfig,
@@ -159,7 +160,7 @@ class Job:
     warnings: list = field(default_factory=list)
     stem: str = ""                  # of the run folder's name, behind the command
     # what commands other than pretraining and fine-tuning bring instead of `core.fit` and of the measures here
-    train: Callable | None = None   # (run_dir, resume) -> FitResult
+    train: Callable | None = None   # (run_dir, resume, guard=, monitor= if the recipe has them) -> FitResult
     n_steps: int | None = None      # optimizer steps; None: counted from batches
     measures: Callable | None = None  # (job, results) -> dict
     answers: Callable | None = None   # job -> list of texts, one for each prompt
@@ -202,6 +203,20 @@ def _check_guard(recipe):
                         "their product, one checkpoint less, reaches it")
 
 
+def _check_low_precision(recipe):
+    "FP8 arithmetic and weights of 16 bits: what they do not go with."
+    train = recipe.train
+    if train.precision == "fp8" and getattr(recipe, "quant", None):
+        raise UserError("train.precision: fp8 is for plain linear layers, those of quant are in 4 bits: use bf16")
+    if train.precision == "fp8" and train.fp8_recipe == "delayed" and getattr(recipe, "guard", None):
+        raise UserError("train.fp8_recipe: delayed remembers batches that guard refuses: use tensor, row, block or mx")
+    if train.optimizer in ROUNDED_ADAMW and getattr(recipe, "lora", None):
+        raise UserError(f"train.optimizer: {train.optimizer} is for trained weights of 16 bits, and adapters are kept in FP32: use adamw")
+    if train.optimizer in ROUNDED_ADAMW and getattr(recipe, "dtype", "fp32") != "bf16":
+        raise UserError(f"train.optimizer: {train.optimizer} is for weights of 16 bits: " + (
+            "add dtype: bf16" if hasattr(recipe, "dtype") else "a model that starts from random weights here is FP32, use adamw"))
+
+
 def check_recipe(recipe) -> None:
     "What can be refused before anything is read."
     def need(ok, name, what):
@@ -232,7 +247,8 @@ def check_recipe(recipe) -> None:
     train = recipe.train
     if train.precision == "fp16" and (train.cpu or not torch.cuda.is_available()):
         raise UserError("train.precision fp16 needs a GPU: on a CPU use bf16 or fp32")
-    if train.optimizer != "adamw" and find_spec("bitsandbytes") is None:
+    _check_low_precision(recipe)
+    if train.optimizer not in ("adamw", *ROUNDED_ADAMW) and find_spec("bitsandbytes") is None:
         raise UserError(f"train.optimizer: {train.optimizer} needs bitsandbytes, which is not installed (pip install bitsandbytes)")
     for tracker in train.trackers:
         if find_spec(tracker.replace("-", "_")) is None:
@@ -604,12 +620,10 @@ def run_job(
         if resume and runs.trained_folder(run_dir):
             _restore_trained(job, run_dir)
         else:
-            if job.train:
-                outcome = job.train(run_dir, resume is not None)
-            else:
-                with _watching(job.model, recipe) as watch:
-                    outcome = fit(job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
-                                  eval_batches=job.eval_batches if recipe.train.eval_every else None, **watch)
+            with _watching(job.model.model if job.save else job.model, recipe) as watch:  # a reward model is a shell
+                outcome = job.train(run_dir, resume is not None, **watch) if job.train else fit(
+                    job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
+                    eval_batches=job.eval_batches if recipe.train.eval_every else None, **watch)
             spent = results.get("seconds", 0.0) + time.perf_counter() - start
             if main:
                 runs.update_results(run_dir, seconds=spent, steps=outcome.step)
@@ -646,9 +660,10 @@ def run_job(
 def _watching(model, recipe):
     "The guard and the monitor that a recipe asks for, as arguments of `fit`."
     watch = {}
-    if recipe.guard or recipe.monitor:
+    guard, monitor = getattr(recipe, "guard", None), getattr(recipe, "monitor", False)
+    if guard or monitor:
         from llm_train_course.stability import Monitor, SpikeDetector
-        watch = {"guard": SpikeDetector(**asdict(recipe.guard)) if recipe.guard else None, "monitor": Monitor(model) if recipe.monitor else None}
+        watch = {"guard": SpikeDetector(**asdict(guard)) if guard else None, "monitor": Monitor(model) if monitor else None}
     try:
         yield watch
     finally:
