@@ -653,7 +653,7 @@ def _check_rows(data, mode):
     if mode != "logit" and encoded:
         raise ValueError(f"mode {mode!r} needs prompts (strings, or lists of messages), got encoded rows: those are for logit")
 
-
+# %% ../nbs/07_distill.ipynb #17d8769b
 def _check_table(student, data, eval_batches, teacher):
     "A table must fit the student, and what is evaluated needs a teacher as well."
     if isinstance(data, TopKBatches):
@@ -663,7 +663,7 @@ def _check_table(student, data, eval_batches, teacher):
     if teacher is None and eval_batches is not None and not isinstance(eval_batches, TopKBatches):
         raise ValueError("eval_batches must be TopKBatches too: there is no teacher to ask")
 
-
+# %% ../nbs/07_distill.ipynb #f3e45bfe
 def _layout_for(student, teacher, data, mode, micro_batch_size, pad_id, rollouts):
     if mode == "logit":
         return data if hasattr(data, "plan") else PaddedBatches(list(data), micro_batch_size, pad_id, seed=rollouts["seed"])

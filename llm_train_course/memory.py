@@ -494,7 +494,7 @@ class _Segment:
             self.frame = self.last = None
         return out
 
-
+# %% ../nbs/09_memory.ipynb #295003ec
 class _Checkpointed:
     "In the place of a block's forward method. An object, not a function: a deep copy of the model calls the copied block."
 
