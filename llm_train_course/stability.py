@@ -718,7 +718,7 @@ class _Hooks:
         ids = kwargs.get("input_ids", args[0] if args else None)
         like = ids if ids is not None else kwargs["inputs_embeds"]
         mask = kwargs.get("attention_mask")
-        self.active = self.due and module.training
+        self.active = self.due and module.training and torch.is_grad_enabled()  # not a reference's pass through the same layers
         # (B, T) True for tokens. Without a mask all are
         self.real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
 
