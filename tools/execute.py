@@ -17,6 +17,7 @@ import copy
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterable
@@ -121,6 +122,8 @@ def kernel_environment(threads: int, scratch: Path) -> dict[str, str]:
         "MATPLOTLIBRC": str(scratch),
         "IPYTHONDIR": str(scratch / "ipython"),
         "TERM": "dumb",
+        # without a GPU DeepSpeed says so, with the time of day, wherever `transformers` imports it
+        **({} if shutil.which("nvidia-smi") else {"DS_ACCELERATOR": "cpu"}),
     }
 
 
