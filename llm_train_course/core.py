@@ -446,7 +446,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0     # None: no clipping
     precision: str = "fp32"               # fp32, bf16, fp16, or fp8 (linear layers of the blocks; bf16 around them): of the arithmetic, weights keep their own dtype
     fp8_recipe: str = "row"               # scales of fp8: tensor, row, block, mx or delayed
-    checkpointing: str = "none"           # recompute in the backward pass: none, full, selective (attention), or "2": of two blocks
+    checkpointing: str | int = "none"     # recompute in the backward pass: none, full, selective (attention), or 2: of two blocks
     offload: bool = False                 # activations wait for the backward pass in the host's memory
     seed: int = 0                         # of dropout and whatever else draws while training
     log_every: int = 10                   # steps
@@ -545,6 +545,7 @@ def seal_checkpoint(
     draft: Path,  # a folder with all files of the checkpoint
     final: Path,  # its name once it is whole
     keep: int,    # how many checkpoints stay beside each other
+    every: int | None = None,  # steps between those that are due; what an interruption has saved in between counts beside them
 ) -> None:
     "Checksum, flush, rename; then remove the oldest ones, and any that claim to be newer."
     files = sorted(p for p in draft.iterdir() if p.name != "manifest.json")
@@ -561,8 +562,15 @@ def seal_checkpoint(
     shutil.rmtree(stale, ignore_errors=True)
     found = sorted(final.parent.glob("step_*"))
     newer = [p for p in found if p.name > final.name]  # of a future that was given up when the run went back
-    for old in newer + [p for p in found if p.name <= final.name][:-keep]:
-        shutil.rmtree(old)
+    due = [p for p in found if p.name <= final.name and _is_due(p, every)]
+    for old in found:
+        if old in newer or old != final and old not in due[-keep:]:
+            shutil.rmtree(old)
+
+
+def _is_due(folder, every):
+    "Whether a checkpoint stands where every run has one, interrupted or not."
+    return every is None or "micro" not in folder.name and int(folder.name[5:13]) % every == 0
 
 # %% ../nbs/00_core.ipynb #87223bfc
 def checkpoint_faults(
@@ -627,6 +635,7 @@ class _Progress:
     since_log: dict = field(default_factory=dict)  # sums since the last row of metrics.jsonl
     until: list = field(default_factory=lambda: [-1, -1])  # epoch and window up to which a rollback passes over all data
     refused: int = 0              # updates refused in a row
+    norm: float = math.nan        # of the last step's gradient, before clipping
 
 
 class _Objective(nn.Module):
@@ -813,7 +822,7 @@ def _save(accelerator, model, optimizer, batches, progress, config, identity, ro
     (draft / f"rank_{rank:05d}.json").write_text(json.dumps(meta))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        seal_checkpoint(draft, root / name, config.keep_checkpoints)
+        seal_checkpoint(draft, root / name, config.keep_checkpoints, config.save_every if getattr(guard, "rollback", 0) else None)
     accelerator.wait_for_everyone()
 
 # %% ../nbs/00_core.ipynb #d91acd48
@@ -906,9 +915,11 @@ def _identity(model, batches, config, world_size, guard=None):
     for e in getattr(batches, "examples", ()):
         for key in sorted(e):
             data.update(np.asarray(e[key]).tobytes())
+    # with a rollback, where checkpoints stand decides the result
+    where = [config.save_every, config.keep_checkpoints] if getattr(guard, "rollback", 0) else None
     return json.loads(json.dumps({**fields, "batches": type(batches).__name__, **layout, "data": data.hexdigest(),
                                   "world_size": world_size, "frozen": _frozen_fingerprint(model),
-                                  **({"guard": [type(guard).__name__, _plain(guard)]} if guard is not None else {})}))
+                                  "guard": None if guard is None else [type(guard).__name__, _plain(guard)], "save_every, keep_checkpoints": where}))
 
 # %% ../nbs/00_core.ipynb #0b26e2fc
 def total_steps(
@@ -948,7 +959,7 @@ class _Metrics:
 
     @staticmethod
     def _stays(row, p):
-        return row["step"] <= p.step and row.get("refused", [-1, -1]) < [p.epoch, p.window]
+        return row["refused"] < [p.epoch, p.window] if "refused" in row else row["step"] <= p.step
 
     def __enter__(self):
         self.was_training = self.model.training
@@ -969,12 +980,13 @@ class _Metrics:
 
     def refused(self, p, here, why):
         "An update was refused: rows of steps that were undone are dropped, and the refusal is a row itself."
-        self.result.history[:] = [row for row in self.result.history if row["step"] <= p.step]
+        self.result.history[:] = [row for row in self.result.history if "refused" in row or row["step"] <= p.step]
         if self.file and p.step < self.result.step:
             self.file.close()
             self._open(replace(p, epoch=here[0], window=here[1]))
+        undone = self.result.step - p.step
         self.step(p.step)
-        row = {"step": p.step, "refused": here, "why": str(why)}
+        row = {"step": p.step, "refused": here, "undone": undone, "why": str(why)}
         self.result.history.append(row)
         if self.file:
             self.file.write(json.dumps(row) + "\n")
@@ -1026,7 +1038,7 @@ def _gradient(accelerator, objective, micro_batches, p, config, run_dir, guarded
 
 
 def _optimizer_step(optimizer, p, config, total, norm, monitor):
-    "Move the weights; returns the rate."
+    "Move the weights."
     lr = learning_rate_at(p.step, total, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1036,7 +1048,6 @@ def _optimizer_step(optimizer, p, config, total, norm, monitor):
     if monitor is not None:
         monitor.after_step()
     optimizer.zero_grad()
-    return lr
 
 
 def _pass(p, n_windows):
@@ -1093,27 +1104,32 @@ def _check_guard(guard, root, config):
                          "less one: no checkpoint that old is kept")
 
 
-def _checkpoint_before(root, step):
-    "The newest whole checkpoint at a step border, not after this step; newer ones belong to what is undone."
-    found = [f for f in sorted(root.glob("step_*"), reverse=True) if "micro" not in f.name and int(f.name[5:13]) <= step]
+def _checkpoint_before(root, step, every):
+    "The newest whole checkpoint that was due, not after this step. Not one of an interruption: the run must go back as if it had had none."
+    found = [f for f in sorted(root.glob("step_*"), reverse=True) if _is_due(f, every) and int(f.name[5:13]) <= step]
     return next((f for f in found if not checkpoint_faults(f)), None)
 
 
 def _refused(guard, loss, norm):
     "Why the guard refuses an update, or something false. What is not finite is refused whatever it says."
     why = guard.update(loss, norm)
+    why = getattr(why, "why", why) if why else None  # a `Verdict` counts its own updates: the row has the step of the run
     return why or (not (math.isfinite(loss) and math.isfinite(norm)) and f"loss {loss:.4g}, gradient norm {norm:.4g}")
 
 
-def _undo(accelerator, optimizer, p, n_windows, began, guard, root, restore):
+def _undo(accelerator, model, optimizer, p, n_windows, began, guard, root, restore, every):
     "The progress to go on from, with everything as it was there: before this global batch, or `guard.rollback` steps ago."
     here, refused = [p.epoch, p.window], p.refused + 1
     if refused > getattr(guard, "patience", 10):
         raise SpikeError(f"the guard refused {refused} updates in a row, the last one at step {p.step} (epoch {p.epoch}, global batch {p.window})")
     optimizer.zero_grad()
-    folder = _checkpoint_before(root, p.step - guard.rollback) if root and getattr(guard, "rollback", 0) else None
+    folder = _checkpoint_before(root, p.step - guard.rollback, every) if root and getattr(guard, "rollback", 0) else None
     if folder is None:
-        _set_rng_states(*began)
+        _set_rng_states(*began[0])
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():  # a forward pass may change them: scales of FP8, power iterations, statistics of a norm
+                if name in began[1]:
+                    buffer.copy_(began[1][name])
         _pass(p, n_windows)
         p.refused = refused
         return p
@@ -1126,12 +1142,14 @@ def _undo(accelerator, optimizer, p, n_windows, began, guard, root, restore):
 # %% ../nbs/00_core.ipynb #68624def
 @contextmanager
 def _keeping_less(model, config):
-    "A context for each forward and backward pass; the model is as it was afterwards."
+    "A context for each forward pass; the model is as it was afterwards."
     if config.checkpointing == "none" and not config.offload:
         yield nullcontext
         return
-    from llm_train_course.memory import checkpoint_blocks, offload_activations  # a later chapter: only when it is asked for
+    from llm_train_course.memory import checkpoint_blocks, offload_activations, recomputes  # a later chapter: only when it is asked for
     if config.checkpointing != "none":
+        if recomputes(model):
+            raise ValueError("checkpointing: the model recomputes already: checkpoint_blocks(model, 'none') first")
         checkpoint_blocks(model, config.checkpointing)
     try:
         yield (lambda: offload_activations(exclude=[model])) if config.offload else nullcontext
@@ -1217,7 +1235,8 @@ def fit(
     run_dir: str | Path | None = None,    # metrics.jsonl and checkpoints/ go here; None: nothing is written
     resume: bool = False,                 # go on from the newest whole checkpoint in run_dir, if there is one
     guard=None,                           # update(loss, grad_norm) -> true: refuse the update; state_dict, load_state_dict, rollback
-    monitor=None,                         # before_step(grad_norm, optimizer), after_step(); row() goes into each row of metrics.jsonl
+    monitor=None,                         # before_step(grad_norm, optimizer), after_step(); row() goes into each row of metrics.jsonl;
+                                          # begin_step(steps done, total), if it has one: before each global batch
 ) -> FitResult:
     "Train. One loop for every chapter: on a CPU, one GPU, or several processes through `accelerate` and DDP."
     accelerator = _accelerator(config, run_dir)
@@ -1234,17 +1253,30 @@ def fit(
     over = lambda: p.step >= total or not config.max_steps and p.epoch >= config.epochs
     due = lambda every: every is not None and (p.step % every == 0 or over())
     result = FitResult(p.step, [], run_dir=Path(run_dir) if run_dir else None)
-    epoch, windows = None, []
+    epoch, windows, told, watch = None, [], True, getattr(monitor, "begin_step", lambda *_: None)
     with (_Metrics(accelerator, model, config, result, total, p) as metrics, _stop_on_signal(root is not None) as stop,
           _keeping_less(model, config) as lean):
+        def tell(late=False):  # late: no step has been done since the last one was told
+            if p.since_log and (p.step == 1 or due(config.log_every)):
+                row, more = _log_row(p, learning_rate_at(p.step - 1, total, config), p.norm), batches.report() if hasattr(batches, "report") else {}
+                metrics.write(row | (monitor.row() if monitor is not None else {}) | row | more)
+            done = late and p.step and config.eval_every and p.step % config.eval_every == 0
+            if eval_batches and (over() or due(config.eval_every)) and not done:
+                metrics.write({"step": p.step, **_eval_row(evaluate(model, eval_batches, loss, accelerator.autocast))})
+            if root and due(config.save_every):
+                save()
+            metrics.step(p.step)
+
         while not over():
+            told = False
             if epoch != p.epoch:
                 epoch, windows = p.epoch, _windows(_plan(batches, p, root and save), config.grad_accum_steps * world)
             if [p.epoch, p.window] <= p.until:
                 _pass(p, len(windows))
                 continue
+            watch(p.step, total)
             start = time.perf_counter()  # of the training proper: evaluation and checkpoints are not counted
-            began = _rng_states() if guard else None
+            began = (_rng_states(), {name: b.clone() for name, b in model.named_buffers()}) if guard is not None else None
             mine = _my_batches(batches, windows[p.window], rank, world)
             n_targets, stopped = _all_sum(accelerator, [sum(b["n_targets"] for b in mine), stop()])
             # with a guard, a run stops between steps only: what it refuses is undone to the beginning of the step
@@ -1253,23 +1285,21 @@ def fit(
                 result.interrupted = True
                 break
             sums, norm = _gradient(accelerator, objective, mine, p, config, run_dir, guard)
-            why = guard and _refused(guard, sums["loss"] / max(n_targets, 1), norm)
+            why = guard is not None and _refused(guard, sums["loss"] / max(n_targets, 1), norm)
             if why:
                 here, refused = [p.epoch, p.window], p
-                p = _undo(accelerator, optimizer, p, len(windows), began, guard, root, restore)
+                p = _undo(accelerator, model, optimizer, p, len(windows), began, guard, root, restore, config.save_every)
                 epoch = epoch if p is refused else None  # after a rollback, live data are those of the checkpoint again
                 metrics.refused(p, here, why)
                 continue
-            lr = _optimizer_step(optimizer, p, config, total, norm, monitor)
+            _optimizer_step(optimizer, p, config, total, norm, monitor)
+            p.norm = norm
             _advance(p, len(windows), sums, n_targets, time.perf_counter() - start)
-            if p.step == 1 or due(config.log_every):
-                more = (batches.report() if hasattr(batches, "report") else {}) | (monitor.row() if monitor is not None else {})
-                metrics.write(_log_row(p, lr, norm) | more)
-            if eval_batches and (over() or due(config.eval_every)):
-                metrics.write({"step": p.step, **_eval_row(evaluate(model, eval_batches, loss, accelerator.autocast))})
-            if root and due(config.save_every):
-                save()
-            metrics.step(p.step)
+            tell()
+            told = True
+        if not (told or result.interrupted):  # the last batches were refused or passed over: the end is still to be told
+            watch(p.step, total)
+            tell(late=True)
     return result
 
 # %% ../nbs/00_core.ipynb #5cb07073

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['split_batch', 'count_targets', 'accumulate_grads', 'Kept', 'saved_tensors', 'saved_bytes', 'GPTLayer',
            'gpt_layer_bytes', 'llama_layer_bytes', 'CheckpointError', 'checkpoint', 'segments', 'segment_peak',
-           'best_segment', 'run_segments', 'run_recursively', 'decoder_blocks', 'checkpoint_blocks', 'peak_bytes',
-           'Moved', 'offload_activations', 'step_in_backward', 'adam_bytes']
+           'best_segment', 'run_segments', 'run_recursively', 'decoder_blocks', 'checkpoint_blocks', 'recomputes',
+           'peak_bytes', 'Moved', 'offload_activations', 'step_in_backward', 'adam_bytes']
 
 # %% ../nbs/09_memory.ipynb #172536e1
 import math
@@ -590,6 +590,15 @@ def checkpoint_blocks(
         for k in part:
             blocks[k].forward = _Checkpointed(blocks[k], segment, k == part[0], k == part[-1])
     return model
+
+# %% ../nbs/09_memory.ipynb #a4f6f062
+def recomputes(
+    model: nn.Module,
+) -> bool:
+    "Whether `checkpoint_blocks` has switched something on in this model, or in another one of the same config object."
+    configs = [getattr(m, "config", None) for m in model.modules()]
+    return (any(isinstance(vars(m).get("forward"), _Checkpointed) for m in model.modules())
+            or any(str(getattr(c, "_attn_implementation", "")).startswith(_PREFIX) for c in configs))
 
 # %% ../nbs/09_memory.ipynb #61be6d85
 def _peak_tracker():

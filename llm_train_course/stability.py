@@ -500,12 +500,17 @@ class Verdict:
         return self.spike
 
     def __str__(self):
+        return f"step {self.step}: {self.why}"
+
+    @property
+    def why(self) -> str:
+        "The reason without the step: a run that has updates refused counts its steps otherwise."
         if self.reason == "warm-up":
-            return f"step {self.step}: warm-up, nothing is judged"
+            return "warm-up, nothing is judged"
         if self.reason == "not finite":
-            return f"step {self.step}: {self.statistic} is {self.value}"
+            return f"{self.statistic} is {self.value}"
         side = "over" if self.value > self.threshold else "within"
-        return (f"step {self.step}: {self.statistic} {self.value:.4g} {side} its threshold {self.threshold:.4g} "
+        return (f"{self.statistic} {self.value:.4g} {side} its threshold {self.threshold:.4g} "
                 f"({self.score:.1f} robust standard deviations above the median){', a new level' if self.reason == 'new level' else ''}")
 
 # %% ../nbs/10_stability.ipynb #e40358ac
@@ -579,7 +584,7 @@ class SpikeDetector(_Judge):
         z: float = 6.0,           # robust standard deviations
         min_rise: float = 0.1,    # a loss alarms only if it is also this share of the median above the median
         min_ratio: float = 2.0,   # a norm alarms only if it is also this many times the median
-        patience: int = 8,        # alarms in a row after which the new level is accepted
+        patience: int = 8,        # alarms in a row after which the new level is accepted; with a rollback in `fit`, after which the run stops
         rollback: int = 0,        # steps that `fit` goes back on an alarm; 0: it refuses the batch and goes on
         statistics: Sequence[str] = ("loss", "grad_norm"),  # which of the two are judged
     ):
@@ -713,6 +718,13 @@ class _Hooks:
     def clear(self):
         self.largest, self.entropy, self.counted, self.loudest, self.caught = {}, {}, {}, {}, {}
 
+    def mark(self):
+        return [dict(d) for d in (self.largest, self.entropy, self.counted, self.loudest)]
+
+    def back(self, marked):
+        self.clear()
+        self.largest, self.entropy, self.counted, self.loudest = marked
+
     # Only between the decoder's start and end: a checkpointed layer runs again in the backward pass, and must not count twice.
     def _begin(self, module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -794,6 +806,20 @@ def _expected_norm(optimizer):
 class _StepWatch:
     "Norms and ratios around an optimizer step."
 
+    def begin_step(
+        self,
+        step: int,          # optimizer steps done
+        total: int | None = None,  # of the run; the last one is measured
+    ) -> None:
+        "Call before the forward passes. What was seen of a step that was refused is forgotten, of steps that were undone too."
+        if step < self.step:
+            self.watch.clear()
+            self.numbers = {}
+        elif self.marked is not None:
+            self.watch.back(self.marked)
+        self.step, self.marked = step, self.watch.mark()
+        self.watch.due = step == 0 or (step + 1) % self.every == 0 or step + 1 == total
+
     @torch.no_grad()
     def before_step(
         self,
@@ -828,7 +854,7 @@ class _StepWatch:
             if pairs:
                 self.numbers["update_over_lr"] = _norm_of([step / self.lrs[id(p)] for p, step in pairs]) / math.sqrt(sum(p.numel() for p, _ in pairs))
             self.before = None
-        self.step += 1
+        self.step, self.marked = self.step + 1, None
         self.watch.due = (self.step + 1) % self.every == 0  # steps 1, every, 2 every: those that `fit` logs
 
 # %% ../nbs/10_stability.ipynb #bf40af82
@@ -846,7 +872,7 @@ class Monitor(_StepWatch):
             raise ValueError(f"every and rows must be at least 1, got {every} and {rows}")
         self.model, self.every, self.step = model, every, 0
         self.watch, self.groups, self.handles = _ForwardWatch(model, rows, dead_below), _groups(model), []
-        self.before, self.lrs, self.numbers = None, {}, {}
+        self.before, self.lrs, self.numbers, self.marked = None, {}, {}, None
 
     def attach(
         self,

@@ -5,6 +5,7 @@ recipes is escaped.
 """
 import html
 import math
+import re
 from pathlib import Path
 
 import yaml
@@ -174,10 +175,11 @@ def refusals(
     rows: list[dict],  # of metrics.jsonl
 ) -> str:
     "The updates that a guard refused, and how far each group of weights moved in the last step that was watched."
-    refused = [[r["step"], *r["refused"], r["why"]] for r in rows if "refused" in r]
+    refused = [[r["step"], *r["refused"], r.get("undone", 0), r["why"]] for r in rows if "refused" in r]
     moved = next((r for r in reversed(rows) if "update_ratio" in r), {})
-    groups = [[key.removeprefix("update_ratio."), value] for key, value in sorted(moved.items()) if key.startswith("update_ratio.")]
-    return ((f"<h3>Refused</h3>{table(['step', 'epoch', 'global batch', 'why'], refused)}" if refused else "")
+    by_number = lambda row: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", row[0])]  # layers.2 before layers.10
+    groups = sorted(([key.removeprefix("update_ratio."), value] for key, value in moved.items() if key.startswith("update_ratio.")), key=by_number)
+    return ((f"<h3>Refused</h3>{table(['step', 'epoch', 'global batch', 'steps undone', 'why'], refused)}" if refused else "")
             + (f"<h3>Update over weights, by group, at step {moved['step']}</h3>{table(['group', 'ratio'], groups)}" if groups else ""))
 
 

@@ -85,7 +85,7 @@ class PretrainRecipe:
     micro_batch_size: int = 16          # rows a forward pass
     gradient_checkpointing: bool = False  # keep each block's input alone and compute the block again in the backward pass
     guard: GuardSpec | None = None      # refuses updates that are out of line; null: none is refused
-    monitor: bool = False               # log update ratios, attention and dead units beside the loss
+    monitor: bool = False               # log update ratios, attention and dead units of the steps that are logged, beside the loss
     world: WorldSpec = field(default_factory=WorldSpec)
     samples: int = 3                    # continuations in the report
     sample_tokens: int = 48             # their greatest length
@@ -109,7 +109,7 @@ class SftRecipe:
     lora: LoraSpec | None = None        # null: all parameters are trained
     quant: QuantSpec | None = None      # the frozen weights in 4 bits, under lora; null: as dtype says
     guard: GuardSpec | None = None      # refuses updates that are out of line; null: none is refused
-    monitor: bool = False               # log update ratios, attention and dead units beside the loss
+    monitor: bool = False               # log update ratios, attention and dead units of the steps that are logged, beside the loss
     world: WorldSpec = field(default_factory=WorldSpec)
     samples: int = 3                    # answers before and after, in the report
     sample_tokens: int = 96             # their greatest length
@@ -136,7 +136,7 @@ class FullRecipe(SftRecipe):
     "Supervised fine-tuning of all parameters."
 
 
-# what --resume may change: nothing here changes the result
+# what --resume may change: nothing here changes the result (with guard.rollback, the places of checkpoints do)
 FREE = ("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.trackers",
         "train.progress", "train.checkpointing", "train.offload", "gradient_checkpointing", "monitor", "out", "run")
 
@@ -201,6 +201,18 @@ def _check_guard(recipe):
     if guard.rollback and (not train.save_every or guard.rollback > train.save_every * (train.keep_checkpoints - 1)):
         raise UserError(f"guard.rollback: {guard.rollback} steps need a checkpoint that old: set train.save_every, and train.keep_checkpoints so that "
                         "their product, one checkpoint less, reaches it")
+    if train.precision == "fp16":
+        raise UserError("guard: with train.precision fp16 the loss scaler refuses updates already; use bf16 or fp32")
+
+
+def _check_monitor(job):
+    "Whether the model can be watched, before anything is written."
+    if getattr(job.recipe, "monitor", False):
+        from llm_train_course.stability import Monitor
+        try:
+            Monitor(job.model).close()
+        except ValueError as e:
+            raise UserError(f"monitor: {e}") from e
 
 
 def _check_low_precision(recipe):
@@ -478,14 +490,16 @@ def say(*text) -> None:
         print(*text, flush=True)
 
 
-def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: dict, new: dict, prefix: str = "", bound: tuple = ()) -> list[tuple[str, Any, Any]]:
     "Fields in which two recipes differ."
+    if (new.get("guard") or {}).get("rollback"):  # where checkpoints stand decides where it goes back to
+        bound = ("train.save_every", "train.keep_checkpoints")
     out = []
     for key in [*old, *(k for k in new if k not in old)]:
         name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{name}.")
-        elif a != b and name not in FREE:
+            out += differences(a, b, f"{name}.", bound)
+        elif a != b and (name not in FREE or name in bound):
             out.append((name, a, b))
     return out
 
@@ -588,6 +602,7 @@ def run_job(
 ) -> int:                        # exit code
     "Make the folder, measure, train, save, measure, report."
     recipe, start = job.recipe, time.perf_counter()
+    _check_monitor(job)
     job.model.to(device_of(recipe.train))
     steps = job.n_steps or total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
     run_dir = _shared_dir(command, job, resume)  # from here on things are written
@@ -663,7 +678,8 @@ def _watching(model, recipe):
     guard, monitor = getattr(recipe, "guard", None), getattr(recipe, "monitor", False)
     if guard or monitor:
         from llm_train_course.stability import Monitor, SpikeDetector
-        watch = {"guard": SpikeDetector(**asdict(guard)) if guard else None, "monitor": Monitor(model) if monitor else None}
+        watch = {"guard": SpikeDetector(**asdict(guard)) if guard else None,
+                 "monitor": Monitor(model, every=recipe.train.log_every) if monitor else None}
     try:
         yield watch
     finally:
@@ -686,6 +702,9 @@ def print_results(results: dict, metrics: list[dict] = ()) -> None:
     losses = [r["loss"] for r in metrics if "loss" in r]
     if losses:
         print(f"loss     {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last ones, in training")
+    refused = sum("refused" in r for r in metrics)
+    if refused:
+        print(f"refused  {refused} update{'s' * (refused > 1)} by the guard; the report says which")
     columns = {name: results[name] for name in ("before", "after", "teacher") if results.get(name)}
     names = list(columns.get("after", {}))
     if not names:

@@ -72,10 +72,12 @@ class LoraOnSquareLayersOnly(Adapter):
         self.lora_A, self.lora_B = nn.Parameter(torch.randn(r, base.out_features)), nn.Parameter(torch.zeros(base.in_features, r))
 
 
-@specimen("dpo_reference_is_constant", "courses", "the reference is trained away from the policy, and dropout makes it another one for each batch",
-          "the reference carries a gradient")
+@specimen("dpo_reference_is_constant", "courses", "the reference is trained away together with the policy", "the reference carries a gradient")
 def dpo_reference_without_no_grad(model, batches):
-    return answer_logps(model, batches.collate(range(len(batches.examples))))[0]
+    model.eval()
+    out = answer_logps(model, batches.collate(range(len(batches.examples))))[0]
+    model.train()
+    return out
 
 
 @specimen("ppo_raises_what_was_good", "courses", "the policy unlearns whatever earned a reward", "a step down the loss moves log-probabilities by -")
@@ -161,11 +163,17 @@ class AdamWithEpsilonInsideTheRoot(OwnAdam):
         return (v + eps).sqrt()
 
 
+def nf4_from(lowest):
+    "Eight quantiles up to zero and nine from it, the outermost at this probability, over the largest that is finite."
+    half = lambda n: torch.special.ndtri(torch.linspace(lowest, 0.5, n, dtype=torch.float64))
+    q = torch.cat([half(8), -half(9).flip(0)[1:]])
+    return (q / q[q.isfinite()].abs().max()).float()
+
+
 @specimen("levels_are_usable", "courses", "Eq. 4 of arXiv:2305.14314 taken by its letter: the outermost quantiles are those of probability 0 and 1",
           "levels that are not finite: [-inf, inf]")
 def nf4_with_infinite_ends():
-    q = torch.special.ndtri(torch.linspace(0, 1, 17, dtype=torch.float64))
-    return ((q[:-1] + q[1:]) / 2).float()
+    return nf4_from(0.0)
 
 
 # --- from trackers ---------------------------------------------------------------------------------------------------
@@ -211,19 +219,20 @@ def labels_shifted_twice(logits, labels):
     return core.token_logps(F.pad(logits, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=IGNORE))
 
 
-@specimen("whitening_ignores_padding", "areal-project/AReaL#1346", "advantages of real tokens depend on how long the longest answer of the batch is", "padding moves the mean")
-def whitening_over_padding(x, mask):
-    return (x - x.mean()) * (x.var(unbiased=False) + 1e-8).rsqrt() * mask
+@specimen("whitening_ignores_padding", "NovaSky-AI/SkyRL#1305", "advantages of real tokens depend on how long the longest answer of the batch is", "padding moves the mean")
+def whitening_with_the_mean_over_padding(x, mask):
+    mean = x.mean()
+    return (x - mean) * (((x - mean) ** 2 * mask).sum() / mask.sum() + 1e-8).rsqrt() * mask
 
 
 @specimen("epochs_differ", "huggingface/transformers#4398", "the sampler is never told the epoch: every epoch has the order of the first", "the second epoch has the order of the first")
-def sampler_without_set_epoch(epoch, n=40):
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+def sampler_without_set_epoch(epoch, n=40, seed=0):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return [order[s:s + 4] for s in range(0, n, 4)]
 
 
 @specimen("lora_mode_changes_nothing", "microsoft/LoRA#61", "merging hangs on eval(), which a parent's eval() does not call: whether a saved weight holds the update, once, twice or not, depends on who called what",
-          "changed")
+          "the output changed with LoraMergedByEval.eval()")
 class LoraMergedByEval(Adapter):
     def eval(self):
         with torch.no_grad():
@@ -233,9 +242,9 @@ class LoraMergedByEval(Adapter):
 
 @specimen("schedule_does_not_count_processes", "huggingface/transformers#24088", "each process steps the shared schedule: with four of them warm-up and decay are over after a quarter of the run",
           "with 2 processes the warm-up of 10 steps ends after 5")
-def schedule_stepped_by_every_process(batches, config, world):
-    total = core.total_steps(batches, config, world)
-    return [core.learning_rate_at(min(world * (step + 1) - 1, total), total, config) for step in range(total)]
+def schedule_stepped_by_every_process(batches, config, world, times=None):
+    total, times = core.total_steps(batches, config, world), times or world  # times the schedule is stepped in an optimizer step
+    return [core.learning_rate_at(min(times * (step + 1) - 1, total), total, config) for step in range(total)]
 
 
 # --- the same without the mistake, so that each specimen is known to be wrong in one thing ---------------------------------
@@ -246,11 +255,8 @@ def _ppo(logps, old_logps, advantages, mask, clip_eps):
 
 
 def _reference(model, batches):
-    model.eval()
     with torch.no_grad():
-        out = dpo_reference_without_no_grad(model, batches)
-    model.train()
-    return out
+        return dpo_reference_without_no_grad(model, batches)
 
 
 def _accumulate(model, micro_batches):
@@ -278,8 +284,16 @@ def _step(model, window, optimizer, scaler, max_norm):
 
 
 def _whiten(x, mask):
-    inside = x[mask.bool()]
-    return (x - inside.mean()) * (inside.var(unbiased=False) + 1e-8).rsqrt() * mask
+    mean = (x * mask).sum() / mask.sum()
+    return (x - mean) * (((x - mean) ** 2 * mask).sum() / mask.sum() + 1e-8).rsqrt() * mask
+
+
+def _packed(examples):
+    "Positions that start again keep documents apart; the first token of each has nothing to be learned from."
+    batch = packing_with_one_long_context(examples)
+    lengths = [len(e["input_ids"]) for e in examples]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {**batch, "position_ids": positions, "labels": batch["labels"].masked_fill(positions == 0, IGNORE)}
 
 
 CONTROLS = {
@@ -288,4 +302,7 @@ CONTROLS = {
     "epsilon_is_outside_the_root": OwnAdam, "clipping_sees_unscaled_gradients": _step, "whitening_ignores_padding": _whiten,
     "left_padding_changes_nothing": lambda examples: padded(examples, 0, "left"), "end_token_is_learned": padded,
     "one_start_token": lambda tokenizer, messages: tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids,
+    "packing_keeps_documents_apart": _packed, "next_token_is_the_target": lambda logits, labels: core.token_logps(logits, labels),
+    "epochs_differ": lambda epoch: sampler_without_set_epoch(epoch, seed=epoch), "schedule_does_not_count_processes": lambda *a: schedule_stepped_by_every_process(*a, times=1),
+    "levels_are_usable": lambda: nf4_from(1 - 0.9677083),
 }

@@ -3,7 +3,7 @@ import re
 
 import catchers
 import pytest
-from specimens import CONTROLS, MUSEUM
+from specimens import CONTROLS, MUSEUM, packing_with_one_long_context
 
 COURSES = {  # "Bugs that shipped in well-known courses, which our checks must catch"
     "LoRA scaled by alpha instead of alpha/r": ["LoraScaledByAlpha"],
@@ -29,9 +29,18 @@ def test_every_specimen_makes_its_catcher_fail(specimen):
     assert specimen.refused_for in str(caught.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("name", sorted(CONTROLS))
+@pytest.mark.parametrize("name", sorted(catchers.OURS))
 def test_a_specimen_without_its_mistake_passes(name):
     getattr(catchers, name)(CONTROLS[name])
+
+
+def test_a_first_token_that_is_learned_from_the_document_before_is_caught():
+    "Half of the mistake of `packing_with_one_long_context`: positions start again, and attention keeps apart, but not the targets."
+    def apart_but_for_the_targets(examples):
+        return {**CONTROLS["packing_keeps_documents_apart"](examples), "labels": packing_with_one_long_context(examples)["labels"]}
+
+    with pytest.raises(AssertionError, match="three documents cost"):
+        catchers.packing_keeps_documents_apart(apart_but_for_the_targets)
 
 
 def test_the_collection_is_complete():
@@ -41,5 +50,5 @@ def test_the_collection_is_complete():
     tracked = [s.found_in for s in MUSEUM if s.found_in != "courses"]
     assert len(set(tracked)) == len(tracked) >= 10
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", source) for source in tracked)
-    assert {s.catcher for s in MUSEUM} == set(catchers.OURS)  # no catcher that has never caught anything
+    assert {s.catcher for s in MUSEUM} == set(catchers.OURS) == set(CONTROLS)  # none that has never caught anything, or that refuses what is right
     assert all(s.harm and s.refused_for for s in MUSEUM) and all(getattr(catchers, name).__doc__ for name in catchers.OURS)

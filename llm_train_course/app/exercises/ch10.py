@@ -77,9 +77,9 @@ SCHEDULE = exercise(
     title_zh="先预热再余弦衰减",
     statement="""Write `factor(step, warmup_steps, total_steps, min_ratio)`: the learning rate over its peak at the optimizer step with
 this number, counted from 0. During warm-up it rises in a straight line and is 0 at step 0; at step `warmup_steps` it is 1. From there
-half a cosine leads to `min_ratio` at `total_steps`, and it stays there.""",
+half a cosine leads to `min_ratio` at `total_steps`, and it stays there (if the two are the same step, it is 1 at that step).""",
     statement_zh="""写出 `factor(step, warmup_steps, total_steps, min_ratio)`：第 `step` 个优化器步（从 0 数起）的学习率与峰值之比。预热时从步 0 的 0
-直线上升，到步 `warmup_steps` 时为 1；之后走半个余弦，到 `total_steps` 时为 `min_ratio`，此后不变。""",
+直线上升，到步 `warmup_steps` 时为 1；之后走半个余弦，到 `total_steps` 时为 `min_ratio`，此后不变（两者为同一步时，该步取 1）。""",
     stub='''def factor(step, warmup_steps, total_steps, min_ratio):
     "Learning rate over its peak."
     ...
