@@ -132,7 +132,7 @@ def test_a_rollback_goes_back_and_the_run_ends(here, model_folder, capsys):  # n
 def test_rm_and_dpo_are_watched_too(command, extra, here, model_folder, capsys):  # noqa: F811
     pairs = [{"prompt": f"Where is {n}?", "chosen": f" In the {c} house.", "rejected": f" {c}"} for n in ("Ada", "Ben", "Cleo", "Dan") for c in ("red", "old", "big")]
     Path("pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    args = [command, "--model", model_folder, "--data", "pairs.jsonl", "--train.epochs", "2", "--samples", "0", *extra, *FAST]
+    args = [command, "--model", model_folder, "--data", "pairs.jsonl", "--train.epochs", "2", "--train.log_every", "1", "--samples", "0", *extra, *FAST]
     assert main([*args, "--out", "plain"]) == 0 and main([*args, "--monitor", "true", "--guard.warmup", "2", "--guard.window", "8", "--out", "watched"]) == 0
     one, two = weights("plain"), weights("watched")
     rows = runs.read_metrics("watched")
