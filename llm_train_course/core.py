@@ -8,8 +8,8 @@ __all__ = ['PAD', 'EOS', 'ROLES', 'CHAT_TEMPLATE', 'IGNORE', 'OPTIMIZERS', 'ENGI
            'target_logps', 'lm_loss', 'encode_text', 'encode_messages', 'encode_prompt_completion', 'PaddedBatches',
            'PackedBatches', 'TrainConfig', 'learning_rate_at', 'adamw', 'CheckpointWarning', 'ResumeError',
            'seal_checkpoint', 'checkpoint_faults', 'latest_checkpoint', 'NonFiniteLoss', 'FitResult',
-           'deepspeed_config', 'named_engine', 'total_steps', 'evaluate', 'SpikeError', 'fit', 'generate', 'cache_dir',
-           'load_model']
+           'deepspeed_config', 'named_engine', 'zero_stage', 'weights_in_shards', 'total_steps', 'evaluate',
+           'SpikeError', 'fit', 'generate', 'cache_dir', 'load_model']
 
 # %% ../nbs/00_core.ipynb #b11f8fc7
 import hashlib
@@ -637,7 +637,7 @@ class _Objective(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, batch):
-        out = self.loss(self.model, batch)
+        out = batch(self.model) if callable(batch) else self.loss(self.model, batch)
         return out if isinstance(out, tuple) else (out, {})
 
 # %% ../nbs/00_core.ipynb #e3f8ded1
@@ -889,6 +889,13 @@ class _Replicated:
     def close(self, whole=True):
         "Give the model back, with its weights if every rank is here to gather them."
 
+    @torch.no_grad()
+    def inside(self, fn):
+        "fn(model) as a part of the objective's forward pass, where all weights are in reach. Every rank has to do the same."
+        found = []
+        self.objective(lambda model: (found.append(fn(model)), (torch.zeros(()), {}))[1])
+        return found[0]
+
 # %% ../nbs/00_core.ipynb #1ef75387
 @torch.no_grad()
 def _copy_in(tensors, saved):
@@ -1113,21 +1120,24 @@ class _DeepSpeed(_Replicated):
         super().__init__(accelerator, model, loss, config)
         kinds = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
         self.dtype = torch.bfloat16 if torch.bfloat16 in kinds else torch.float32
-        made = deepspeed_config(config, weights_dtype=self.dtype) if not config.ds_config else _read_ds_config(config.ds_config)
-        stage = _at(made, "zero_optimization.stage")
-        self.stage = stage if isinstance(stage, int) else 2 if config.zero is None else config.zero
+        _check_dtype(self.dtype, zero_stage(config), config)
+        self.stage = zero_stage(config)
         self.sharded, self.name = self.stage > 0, f"deepspeed zero {self.stage}"
         self.autocast = nullcontext  # its engine's forward pass sets the arithmetic
 
     def open(self, run_dir, batches):
-        deepspeed = _deepspeed(self.accelerator)
         _single_process_group(self.accelerator)
+        deepspeed = _deepspeed(self.accelerator)
         made = deepspeed_config(self.config, getattr(batches, "micro_batch_size", 1), self.accelerator.num_processes, self.dtype)
         if run_dir and self.accelerator.is_main_process:
             (Path(run_dir) / "ds_config.json").write_text(json.dumps(made, indent=2) + "\n")
         self.was_on = next(self.model.parameters()).device
         self.remembered, self.dtypes = _remember(self.objective), {n: p.dtype for n, p in self.model.named_parameters()}
-        self.objective = deepspeed.initialize(model=self.objective, optimizer=adamw(self.model, self.config), config=made)[0]
+        with _variables({} if "LOCAL_RANK" in os.environ else {"LOCAL_RANK": "0"}):  # of a process that no launcher started
+            optimizer = adamw(self.model, self.config)  # by the dimensions that parameters have before they are cut
+            if self.stage == 3:  # cut up here, parameter by parameter: initialize would put the whole model on the device first
+                _partition(deepspeed, self.objective, made, self.dtype, self.accelerator.device)
+            self.objective = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=made)[0]
         self.zero = self.optimizer = self.objective.optimizer
 
     @contextmanager
@@ -1186,6 +1196,14 @@ class _DeepSpeed(_Replicated):
         _as_before(self.remembered, (lambda p: full[id(p)].to(self.was_on)) if whole else None)
 
 # %% ../nbs/00_core.ipynb #11aeddd0
+def _check_dtype(dtype, stage, config):
+    "DeepSpeed keeps bf16 weights beside float32 ones that the optimizer moves; there are none without shards of them."
+    if dtype == torch.bfloat16 and config.precision != "bf16":
+        raise ValueError("engine deepspeed: weights in bf16 are multiplied in bf16: set precision bf16, or load them in fp32")
+    if dtype == torch.bfloat16 and stage == 0:
+        raise ValueError("engine deepspeed: weights in bf16 need a float32 copy to be trained, which zero 1, 2 and 3 keep; zero 0 does not")
+
+
 def _deepspeed(accelerator):
     "The library. On a CPU it must not compile its collectives for shared memory: gloo's serve."
     if find_spec("deepspeed") is None:
@@ -1196,15 +1214,25 @@ def _deepspeed(accelerator):
     if accelerator.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(dist_backend="nccl" if accelerator.device.type == "cuda" else "gloo", dist_init_required=not torch.distributed.is_initialized())
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
     return deepspeed
 
 
 def _single_process_group(accelerator):
-    "Engines that shard want a process group, also for one process that no launcher started."
+    "Engines that shard want a process group, also for one process that no launcher started. It stays, for the next run."
     import torch.distributed as dist
     if not dist.is_initialized():
         dist.init_process_group("nccl" if accelerator.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _partition(deepspeed, root, made, dtype, device):
+    "ZeRO-3's parameters, each moved to the device and cut before the next one."
+    if dtype == torch.bfloat16:
+        for p in root.parameters():
+            p.data = p.data.to(dtype) if p.is_floating_point() else p.data
+    deepspeed.zero.Init(module=root, config_dict_or_path=made, dtype=dtype)
+    for tensor in root.buffers():
+        tensor.data = tensor.data.to(device)
 
 
 def _drop_deepspeed(engine, zero, stage):
@@ -1232,13 +1260,17 @@ def _launcher(name):
 
 
 @contextmanager
-def _launcher_engines_hidden():
-    names = [n for n in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP") if n in os.environ]
-    hidden = {n: os.environ.pop(n) for n in names}
+def _variables(changed):
+    "Environment variables for a moment; None: not set."
+    before = {name: os.environ.get(name) for name in changed}
+    def put(values):
+        for name, value in values.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    put(changed)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        put(before)
 
 
 def _launched(config):
@@ -1270,12 +1302,43 @@ def named_engine(
         if getattr(config, name) not in (empty[name], value):
             raise ValueError(f"{name}: the recipe says {getattr(config, name)!r}, the launcher {value!r}")
     config = replace(config, **asked)
+    _check_engine(config)
+    return config
+
+
+def _check_engine(config):
+    "What an engine cannot do."
     for name in ("zero", "ds_config"):
         if config.engine != "deepspeed" and getattr(config, name) is not None:
             raise ValueError(f"{name} is for engine deepspeed, engine is {config.engine}")
-    if config.engine == "ddp" and config.engine_offload != "none":
-        raise ValueError("engine_offload: ddp keeps no shards that could be kept elsewhere; use fsdp, or deepspeed")
-    return config
+    if config.engine == "ddp":
+        if config.engine_offload != "none":
+            raise ValueError("engine_offload: ddp keeps no shards that could be kept elsewhere; use fsdp, or deepspeed with zero 1, 2 or 3")
+        return
+    stage = zero_stage(config)
+    for bad, why in ((config.optimizer != "adamw", f"optimizer {config.optimizer}: the states of bitsandbytes cannot be cut into shards; use adamw, or ddp"),
+                     (config.precision == "fp16", "precision fp16: the loop's scaler works under ddp; use bf16"),
+                     (config.offload, "offload: activations are kept where the weights are in reach, under ddp alone; engine_offload is about shards"),
+                     (stage == 0 and config.engine_offload != "none", "engine_offload: zero 0 has no shards; use zero 1, 2 or 3")):
+        if bad:
+            raise ValueError(f"engine {config.engine}: {why}")
+
+
+def zero_stage(
+    config: TrainConfig,  # with its engine named
+) -> int | None:          # None: not DeepSpeed
+    "The ZeRO stage: the recipe's, else the file's, else 2."
+    if config.engine != "deepspeed":
+        return None
+    found = _at(_read_ds_config(config.ds_config), "zero_optimization.stage") if config.ds_config else None
+    return found if isinstance(found, int) else 2 if config.zero is None else config.zero
+
+
+def weights_in_shards(
+    config: TrainConfig,  # with its engine named
+) -> bool:
+    "Whether no rank holds a whole model while it trains."
+    return config.engine == "fsdp" or zero_stage(config) == 3
 
 
 @contextmanager
@@ -1291,6 +1354,14 @@ def _opened(engine, run_dir, batches):
         engine.close(whole=not engine.sharded or engine.accelerator.num_processes == 1)
         raise
     engine.close()
+
+
+def _visit(around, when, engine):
+    "What the caller does with the model at the beginning and the end leaves no trace in the run."
+    if around is not None:
+        states = _rng_states()
+        around(when, engine.inside)
+        _set_rng_states(*states)
 
 
 ENGINE_CLASSES = {"ddp": _Replicated, "fsdp": _Fsdp, "deepspeed": _DeepSpeed}
@@ -1328,7 +1399,7 @@ def _accelerator(config, run_dir):
     precision = {"fp32": "no"}.get(config.precision, config.precision)
     if precision == "fp16" and (config.cpu or not torch.cuda.is_available()):
         raise ValueError("precision fp16 needs a GPU: on a CPU use bf16 or fp32")
-    with _launcher_engines_hidden():
+    with _variables(dict.fromkeys(("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))):
         accelerator = Accelerator(cpu=config.cpu, mixed_precision=precision, log_with=list(config.trackers) or None,
                                   project_dir=str(run_dir) if run_dir else None)
     if config.trackers:
@@ -1611,6 +1682,7 @@ def fit(
     resume: bool = False,                 # go on from the newest whole checkpoint in run_dir, if there is one
     guard=None,                           # update(loss, grad_norm) -> true: refuse the update; state_dict, load_state_dict, rollback
     monitor=None,                         # before_step(grad_norm, optimizer), after_step(); row() goes into each row of metrics.jsonl
+    around: Callable | None = None,       # (when, run): at the beginning and the end; run(fn) is fn(model), in shards or not, on every rank
 ) -> FitResult:
     "Train. One loop for every chapter: on a CPU, on one GPU, or in many processes under DDP, FSDP2 or DeepSpeed."
     config = named_engine(config)
@@ -1618,6 +1690,8 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     root = _prepare_folder(run_dir, resume, accelerator.is_main_process)
     _check_guard(guard, root, config)
+    if monitor is not None and config.engine != "ddp":
+        raise ValueError(f"monitor: engine {config.engine} holds weights and gradients where a monitor does not find them; use ddp")
     seed_everything(config.seed + rank)  # ranks draw different dropout
     engine = ENGINE_CLASSES[config.engine](accelerator, model, loss, config)
     identity = _identity(model, batches, config, world, guard, engine.name) if root else {}
@@ -1631,6 +1705,7 @@ def fit(
         due = lambda every: every is not None and (p.step % every == 0 or over())
         result = FitResult(p.step, [], run_dir=Path(run_dir) if run_dir else None)
         epoch, windows = None, []
+        _visit(around, "before", engine)
         with (_Metrics(accelerator, model, config, result, total, p) as metrics, _stop_on_signal(root is not None) as stop,
               _keeping_less(model, config) as lean):
             while not over():
@@ -1666,6 +1741,8 @@ def fit(
                 if root and due(config.save_every):
                     save()
                 metrics.step(p.step)
+        if not result.interrupted:
+            _visit(around, "after", engine)
     return result
 
 # %% ../nbs/00_core.ipynb #5cb07073
