@@ -923,14 +923,18 @@ def _as_before(remembered, whole=None):
         module.__dict__.update(attributes | {"_parameters": new, "_buffers": buffers, "training": training})
 
 # %% ../nbs/00_core.ipynb #e41e8092
+def _refuse_packed(kinds, engine):
+    if any(not kind.is_floating_point for kind in kinds):
+        raise ValueError(f"engine {engine}: 4-bit weights are packed bytes, which are not cut into shards; use ddp, or deepspeed with zero 1 or 2")
+
+
 def _fsdp_options(accelerator, model, config):
     "Arithmetic and place of the shards, for `fully_shard`."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
     kinds = {p.dtype for p in model.parameters()}
-    if any(not kind.is_floating_point for kind in kinds):
-        raise ValueError("engine fsdp: 4-bit weights are packed bytes, which cannot be split like numbers; use ddp, or deepspeed with zero 1 or 2")
+    _refuse_packed(kinds, "fsdp")
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return {"mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
             "mp_policy": low if config.precision == "bf16" else MixedPrecisionPolicy(),
@@ -1038,10 +1042,10 @@ def _recipe_values(config, micro_batch_size, weights_dtype):
     place = {"device": config.engine_offload} if config.engine_offload != "none" else None
     stage = "zero_optimization"
     return {
+        f"{stage}.stage": (config.zero, "train.zero"),
         "train_micro_batch_size_per_gpu": (micro_batch_size, "micro_batch_size"),
         "gradient_accumulation_steps": (config.grad_accum_steps, "train.grad_accum_steps"),
         "gradient_clipping": (config.max_grad_norm or 0.0, "train.max_grad_norm"),
-        f"{stage}.stage": (config.zero, "train.zero"),
         f"{stage}.offload_optimizer.device": (place and place["device"], "train.engine_offload"),
         f"{stage}.offload_param.device": (place and config.zero == 3 and place["device"] or None, "train.engine_offload"),
         "bf16.enabled": (weights_dtype == torch.bfloat16, "train.precision, on weights of that dtype"),
@@ -1121,6 +1125,8 @@ class _DeepSpeed(_Replicated):
         kinds = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
         self.dtype = torch.bfloat16 if torch.bfloat16 in kinds else torch.float32
         _check_dtype(self.dtype, zero_stage(config), config)
+        if zero_stage(config) == 3:
+            _refuse_packed({p.dtype for p in model.parameters()}, "deepspeed, zero 3")
         self.stage = zero_stage(config)
         self.sharded, self.name = self.stage > 0, f"deepspeed zero {self.stage}"
         self.autocast = nullcontext  # its engine's forward pass sets the arithmetic
@@ -1133,11 +1139,12 @@ class _DeepSpeed(_Replicated):
             (Path(run_dir) / "ds_config.json").write_text(json.dumps(made, indent=2) + "\n")
         self.was_on = next(self.model.parameters()).device
         self.remembered, self.dtypes = _remember(self.objective), {n: p.dtype for n, p in self.model.named_parameters()}
-        with _variables({} if "LOCAL_RANK" in os.environ else {"LOCAL_RANK": "0"}):  # of a process that no launcher started
-            optimizer = adamw(self.model, self.config)  # by the dimensions that parameters have before they are cut
-            if self.stage == 3:  # cut up here, parameter by parameter: initialize would put the whole model on the device first
-                _partition(deepspeed, self.objective, made, self.dtype, self.accelerator.device)
-            self.objective = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=made)[0]
+        self.variables = _variables({} if "LOCAL_RANK" in os.environ else {"LOCAL_RANK": "0"})  # for a process that no launcher started
+        self.variables.__enter__()
+        optimizer = adamw(self.model, self.config)  # by the dimensions that parameters have before they are cut
+        if self.stage == 3:  # cut up here, parameter by parameter: initialize would put the whole model on the device first
+            _partition(deepspeed, self.objective, made, self.dtype, self.accelerator.device)
+        self.objective = deepspeed.initialize(model=self.objective, optimizer=optimizer, config=made)[0]
         self.zero = self.optimizer = self.objective.optimizer
 
     @contextmanager
@@ -1193,6 +1200,7 @@ class _DeepSpeed(_Replicated):
     def close(self, whole=True):
         full = {id(p): t for (_, p), (_, t) in zip(self.model.named_parameters(), self._whole())} if whole else {}
         self.objective.destroy()
+        self.variables.__exit__(None, None, None)
         _as_before(self.remembered, (lambda p: full[id(p)].to(self.was_on)) if whole else None)
 
 # %% ../nbs/00_core.ipynb #11aeddd0
@@ -1208,12 +1216,9 @@ def _deepspeed(accelerator):
     "The library. On a CPU it must not compile its collectives for shared memory: gloo's serve."
     if find_spec("deepspeed") is None:
         raise ValueError("engine deepspeed: deepspeed is not installed (pip install deepspeed)")
-    if accelerator.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     if accelerator.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
     return deepspeed
 
@@ -1402,6 +1407,8 @@ def _accelerator(config, run_dir):
     with _variables(dict.fromkeys(("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))):
         accelerator = Accelerator(cpu=config.cpu, mixed_precision=precision, log_with=list(config.trackers) or None,
                                   project_dir=str(run_dir) if run_dir else None)
+    if accelerator.device.type == "cpu":  # accelerate imports DeepSpeed where it is installed, which looks for a GPU and prints that there is none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if config.trackers:
         accelerator.init_trackers("llm_train_course", config={k: v for k, v in asdict(config).items()
                                                               if isinstance(v, (int, float, str, bool))})

@@ -240,7 +240,7 @@ def take(
 # commands
 # ---------------------------------------------------------------------------------------------------------------------
 def _train(command, argv):
-    from llm_train_course.app.engine import HELP, long_flags
+    from llm_train_course.app.engine import HELP, long_flags, restarted
 
     resume, rest = take(long_flags(argv), "--resume")
     _check_yaml(rest)
@@ -255,7 +255,10 @@ def _train(command, argv):
             print("  --resume RUN          go on with a run that was stopped; its fields come from its config.yaml")
             print(HELP)
             return 0
-        return train.start(command, parse(command, recipe, rest))
+        made = parse(command, recipe, rest)
+        if not restarted(made.out):
+            return train.start(command, made)
+        resume = made.out
     config = read_config(resume)
     made_by = config["run"].get("command")
     if made_by != command:
@@ -372,6 +375,8 @@ def main(
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    if argv and argv[0].startswith("--local_rank="):  # from the deepspeed launcher; it is in the environment too
+        del argv[0]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0

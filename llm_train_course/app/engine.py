@@ -1,11 +1,11 @@
-"""Which engine a run trains under, refused early if it cannot, and what launchers leave on the command line.
+"""Which engine a run trains under: the recipe, the short flags and the launcher together; refused early where it cannot.
 
 The engines themselves are in `core`. Nothing here imports torch at import time.
 """
 import os
 from dataclasses import replace
 
-from llm_train_course.app.runs import UserError
+from llm_train_course.app.runs import CONFIG, UserError
 
 # written without `train.`, where a run on several processes is launched
 SHORT = {"--engine": "--train.engine", "--zero": "--train.zero", "--offload": "--train.engine_offload", "--ds_config": "--train.ds_config"}
@@ -18,18 +18,17 @@ LAUNCHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 def long_flags(
     argv: list[str],
 ) -> list[str]:
-    "Short flags in full; what the `deepspeed` launcher adds (--local_rank) is in the environment already."
-    out, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-            continue
-        name, _, value = word.partition("=")
-        if name in ("--local_rank", "--local-rank"):
-            skip = not value
-            continue
-        out.append(SHORT[name] + word[len(name):] if name in SHORT else word)
-    return out
+    "Short flags in full."
+    names = [word.partition("=")[0] for word in argv]
+    return [SHORT.get(name, name) + word[len(name):] for name, word in zip(names, argv)]
+
+
+def restarted(
+    out: str | None,  # the run folder that the command names
+) -> bool:
+    "Whether torchrun or Slurm started this command again after a process died: then the run in its folder goes on."
+    again = any(os.environ.get(name, "0") not in ("", "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return bool(again and out and os.path.isfile(os.path.join(os.path.expanduser(out), CONFIG)))
 
 
 def settle(
@@ -52,7 +51,29 @@ def settle(
         raise UserError("train.engine: deepspeed is not installed (pip install deepspeed)")
     for name in LAUNCHERS:  # the recipe says it now; libraries that read these would set an engine of their own up
         os.environ.pop(name, None)
+    _join_again(train.cpu)
     return replace(recipe, train=train)
+
+
+def _join_again(cpu):
+    """The process group of a command that torchrun has started again.
+
+    torch 2.13 keeps the store of the first attempt for the later ones, with the addresses of dead processes in it
+    (`DynamicRendezvousHandler._shared_tcp_store_server`), and a group made from it may try to connect to them. So each attempt
+    gets names of its own."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        gpu = torch.cuda.is_available() and not cpu
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        dist.init_process_group("nccl" if gpu else "gloo", store=dist.PrefixStore(f"attempt_{attempt}/", store),
+                                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 
 
 def _weights(recipe):
@@ -71,7 +92,7 @@ def _refuse(train, recipe, command):
     if getattr(recipe, "monitor", False):
         raise UserError(f"monitor: engine {train.engine} holds weights and gradients where a monitor does not find them; use ddp")
     if getattr(recipe, "quant", None) and weights_in_shards(train):
-        raise UserError(f"quant: 4-bit weights are packed bytes, which {'fsdp' if train.engine == 'fsdp' else 'zero 3'} cannot cut into shards; "
+        raise UserError(f"quant: 4-bit weights are not cut into shards, and {'fsdp' if train.engine == 'fsdp' else 'zero 3'} has nothing else to cut; "
                         "use ddp, or deepspeed with zero 1 or 2")
     low = getattr(recipe, "dtype", "fp32") == "bf16"
     if train.engine == "deepspeed" and low and train.precision != "bf16":
