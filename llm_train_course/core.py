@@ -434,7 +434,7 @@ class PackedBatches:
 OPTIMIZERS = {"adamw": None, "adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 ENGINES = ("auto", "ddp", "fsdp", "deepspeed")
 
-
+# %% ../nbs/00_core.ipynb #2cdb643b
 @dataclass(frozen=True)
 class TrainConfig:
     "What a run is made of, apart from model, data and loss."
@@ -843,8 +843,8 @@ def _restore(accelerator, model, engine, batches, identity, folder, guard=None):
     return _Progress(**{**meta["progress"], "losses": losses})
 
 # %% ../nbs/00_core.ipynb #1707711b
-class _Replicated:
-    "One process, or DDP: each rank has the whole model and the whole optimizer."
+class _Engine:
+    "What the loop asks for in a step; as one process and DDP do it."
     sharded, name = False, "ddp"
 
     def __init__(self, accelerator, model, loss, config):
@@ -873,6 +873,17 @@ class _Replicated:
         "Forget the gradient."
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def inside(self, fn):
+        "fn(model) as a part of the objective's forward pass, where all weights are in reach. Every rank has to do the same."
+        found = []
+        self.objective(lambda model: (found.append(fn(model)), (torch.zeros(()), {}))[1])
+        return found[0]
+
+# %% ../nbs/00_core.ipynb #910db457
+class _Replicated(_Engine):
+    "One process, or DDP: each rank has the whole model and the whole optimizer, and the first one writes them."
+
     def write(self, draft):
         "Weights and optimizer into a checkpoint; returns what goes into its state.json."
         tensors, numbers, groups = _optimizer_state(self.optimizer)
@@ -888,13 +899,6 @@ class _Replicated:
 
     def close(self, whole=True):
         "Give the model back, with its weights if every rank is here to gather them."
-
-    @torch.no_grad()
-    def inside(self, fn):
-        "fn(model) as a part of the objective's forward pass, where all weights are in reach. Every rank has to do the same."
-        found = []
-        self.objective(lambda model: (found.append(fn(model)), (torch.zeros(()), {}))[1])
-        return found[0]
 
 # %% ../nbs/00_core.ipynb #1ef75387
 @torch.no_grad()
@@ -960,7 +964,7 @@ def _whole(tensor, device):
     tensor = tensor.detach()
     return tensor.to(device).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-
+# %% ../nbs/00_core.ipynb #98dd6c97
 def _load_sharded(optimizer, tensors, meta):
     "Moments of this rank's shards."
     from torch.distributed.tensor import DTensor
@@ -972,9 +976,9 @@ def _load_sharded(optimizer, tensors, meta):
             tensors[name] = DTensor.from_local(value.to(p.to_local().device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
     _load_optimizer(optimizer, tensors, meta["optimizer_numbers"], meta["param_groups"])
 
-# %% ../nbs/00_core.ipynb #98dd6c97
-class _Fsdp(_Replicated):
-    "FSDP2: each rank keeps a shard of parameters, gradients and moments."
+# %% ../nbs/00_core.ipynb #a2dbe8a3
+class _FsdpStep(_Engine):
+    "FSDP2's steps: each rank keeps a shard of parameters, gradients and moments."
     sharded, name = True, "fsdp"
 
     def open(self, run_dir, batches):
@@ -1008,6 +1012,10 @@ class _Fsdp(_Replicated):
         if norm + 1e-6 > max_norm:
             torch._foreach_mul_(grads, max_norm / (norm + 1e-6))  # as in torch's clip_grad_norm_
         return norm
+
+# %% ../nbs/00_core.ipynb #f8951859
+class _Fsdp(_FsdpStep):
+    "FSDP2: each rank writes its own moments, the first one all weights too."
 
     def write(self, draft):
         for unit in self.units:
@@ -1089,7 +1097,7 @@ def _read_ds_config(path):
             raise ValueError(f"ds_config: {path}: zero_optimization.offload_{part}.device must be none or cpu, got {place!r}")
     return found
 
-
+# %% ../nbs/00_core.ipynb #e2e4d58a
 def deepspeed_config(
     config: TrainConfig,
     micro_batch_size: int = 1,    # rows a rank puts through at once
@@ -1117,8 +1125,8 @@ def deepspeed_config(
     return {**made, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 # %% ../nbs/00_core.ipynb #27c104e6
-class _DeepSpeed(_Replicated):
-    "DeepSpeed with ZeRO stage 0 to 3."
+class _DeepSpeedStep(_Engine):
+    "DeepSpeed's steps, with ZeRO stage 0 to 3."
 
     def __init__(self, accelerator, model, loss, config):
         super().__init__(accelerator, model, loss, config)
@@ -1156,6 +1164,10 @@ class _DeepSpeed(_Replicated):
         self.clean = False
         self.objective.backward(loss, scale_wrt_gas=False)
 
+# %% ../nbs/00_core.ipynb #11aeddd0
+class _DeepSpeed(_DeepSpeedStep):
+    "DeepSpeed: its own checkpoint holds the shards, ours beside it the weights."
+
     def clip(self, max_norm):
         "The norm. DeepSpeed clips in its step, by `gradient_clipping`."
         if self.stage == 0:
@@ -1174,7 +1186,7 @@ class _DeepSpeed(_Replicated):
         self.clean = True
 
     def write(self, draft):
-        whole = dict(self._whole(trained=True))
+        whole = dict(_gathered(self, trained=True))
         if self.accelerator.is_main_process:
             _write_tensors(draft / "weights.safetensors", whole)
         self.objective.save_checkpoint(str(draft), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
@@ -1183,27 +1195,28 @@ class _DeepSpeed(_Replicated):
     def read(self, folder, weights, meta):
         self.objective.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False)
 
-    def _whole(self, trained=False):
-        "Names and whole tensors, of the trained ones or of all; every rank has to ask."
-        from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.runtime.zero import GatheredParameters
-
-        for name, p in self.model.named_parameters():
-            if trained and not p.requires_grad:
-                continue
-            if p.requires_grad and self.dtype == torch.bfloat16:
-                yield name, safe_get_full_fp32_param(p).to(self.dtypes[name])
-            else:
-                with GatheredParameters([p], enabled=self.stage == 3):
-                    yield name, p.detach().clone()
-
     def close(self, whole=True):
-        full = {id(p): t for (_, p), (_, t) in zip(self.model.named_parameters(), self._whole())} if whole else {}
+        full = {id(p): t for (_, p), (_, t) in zip(self.model.named_parameters(), _gathered(self))} if whole else {}
         self.objective.destroy()
         self.variables.__exit__(None, None, None)
         _as_before(self.remembered, (lambda p: full[id(p)].to(self.was_on)) if whole else None)
 
-# %% ../nbs/00_core.ipynb #11aeddd0
+# %% ../nbs/00_core.ipynb #feaed17f
+def _gathered(engine, trained=False):
+    "Names and whole tensors of DeepSpeed's, of the trained ones or of all; every rank has to ask."
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, p in engine.model.named_parameters():
+        if trained and not p.requires_grad:
+            continue
+        if p.requires_grad and engine.dtype == torch.bfloat16:
+            yield name, safe_get_full_fp32_param(p).to(engine.dtypes[name])
+        else:
+            with GatheredParameters([p], enabled=engine.stage == 3):
+                yield name, p.detach().clone()
+
+# %% ../nbs/00_core.ipynb #880e61eb
 def _check_dtype(dtype, stage, config):
     "DeepSpeed keeps bf16 weights beside float32 ones that the optimizer moves; there are none without shards of them."
     if dtype == torch.bfloat16 and config.precision != "bf16":
@@ -1239,7 +1252,7 @@ def _partition(deepspeed, root, made, dtype, device):
     for tensor in root.buffers():
         tensor.data = tensor.data.to(device)
 
-
+# %% ../nbs/00_core.ipynb #8da395bf
 def _drop_deepspeed(engine, zero, stage):
     "Forget a gradient, as DeepSpeed does after an overflow."
     if stage == 0:
@@ -1294,7 +1307,7 @@ def _launched(config):
         return {"engine": "deepspeed", "ds_config": file}
     return {"engine": "deepspeed", **({"zero": int(stage)} if stage else {}), **({"engine_offload": place} if place else {})}
 
-
+# %% ../nbs/00_core.ipynb #4625582e
 def named_engine(
     config: TrainConfig,
 ) -> TrainConfig:  # the same, its engine named
@@ -1321,14 +1334,16 @@ def _check_engine(config):
             raise ValueError("engine_offload: ddp keeps no shards that could be kept elsewhere; use fsdp, or deepspeed with zero 1, 2 or 3")
         return
     stage = zero_stage(config)
-    for bad, why in ((config.optimizer != "adamw", f"optimizer {config.optimizer}: the states of bitsandbytes cannot be cut into shards; use adamw, or ddp"),
-                     (config.precision == "fp16", "precision fp16: the loop's scaler works under ddp; use bf16"),
-                     (config.offload, "offload: activations are kept where the weights are in reach, under ddp alone; engine_offload is about shards"),
-                     (stage == 0 and config.engine_offload != "none", "engine_offload: zero 0 has no shards; use zero 1, 2 or 3")):
+    cannot = (
+        (config.optimizer != "adamw", f"optimizer {config.optimizer}: the states of bitsandbytes cannot be cut into shards; use adamw, or ddp"),
+        (config.precision == "fp16", "precision fp16: the loop's scaler works under ddp; use bf16"),
+        (config.offload, "offload: activations are moved to the host under ddp alone; engine_offload is about shards"),
+        (stage == 0 and config.engine_offload != "none", "engine_offload: zero 0 has no shards; use zero 1, 2 or 3"))
+    for bad, why in cannot:
         if bad:
             raise ValueError(f"engine {config.engine}: {why}")
 
-
+# %% ../nbs/00_core.ipynb #dc829fd6
 def zero_stage(
     config: TrainConfig,  # with its engine named
 ) -> int | None:          # None: not DeepSpeed
@@ -1368,7 +1383,7 @@ def _visit(around, when, engine):
         around(when, engine.inside)
         _set_rng_states(*states)
 
-
+# %% ../nbs/00_core.ipynb #abd68daa
 ENGINE_CLASSES = {"ddp": _Replicated, "fsdp": _Fsdp, "deepspeed": _DeepSpeed}
 
 # %% ../nbs/00_core.ipynb #e7725d3b
@@ -1581,7 +1596,7 @@ def _advance(p, n_windows, sums, n_targets, seconds):
     for k, v in {**sums, "n_targets": n_targets, "seconds": seconds}.items():
         p.since_log[k] = p.since_log.get(k, 0.0) + v
 
-
+# %% ../nbs/00_core.ipynb #7379d6de
 def _log_row(p, lr, norm):
     "Means over the targets since the last row; starts the next sums."
     n, seconds = p.since_log.pop("n_targets"), p.since_log.pop("seconds")
@@ -1744,7 +1759,8 @@ def fit(
                     more = (batches.report() if hasattr(batches, "report") else {}) | (monitor.row() if monitor is not None else {})
                     metrics.write(_log_row(p, lr, norm) | more)
                 if eval_batches and (over() or due(config.eval_every)):
-                    metrics.write({"step": p.step, **_eval_row(evaluate(model, eval_batches, loss, engine.autocast, engine.objective, accelerator.device))})
+                    scores = evaluate(model, eval_batches, loss, engine.autocast, engine.objective, accelerator.device)
+                    metrics.write({"step": p.step, **_eval_row(scores)})
                 if root and due(config.save_every):
                     save()
                 metrics.step(p.step)

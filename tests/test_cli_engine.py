@@ -261,3 +261,41 @@ def test_a_process_that_dies_is_started_again_and_the_run_goes_on(ran, here):
     assert all(torch.equal(a[k], b[k]) for k in b)  # the same bits as the run that nobody killed
     assert [row["step"] for row in runs.read_metrics("killed") if "loss" in row] == [1, 2, 3]
     assert len(ROWS) == 9
+
+
+def test_the_slurm_script_launches_a_command_that_parses(tmp_path, monkeypatch):
+    "With stand-ins for Slurm's programs: what it would run on each node, for every recipe made for several processes."
+    from llm_train_course.app.cli import parse
+    from llm_train_course.app.engine import long_flags, restarted
+    from llm_train_course.app.train import TRAINING
+
+    tools = tmp_path / "bin"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    tools.mkdir()
+    for name, body in {"scontrol": 'printf "node7\\nnode8\\n"', "srun": 'printf "%s\\n" "$@"'}.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NAME": "llm-train", "SLURM_JOB_ID": "42",
+           "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    recipes = sorted((ROOT / "recipes").glob("multi-*.yaml"))
+    assert len(recipes) == 2
+    for recipe in recipes:
+        done = subprocess.run(["bash", str(ROOT / "recipes" / "multinode.slurm"), str(recipe), "--zero", "3"], env=env, cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.split("\n")[:-1]
+        at = lambda name, words=words: words[words.index(name) + 1]
+        assert (at("--nnodes"), at("--nproc_per_node"), at("--rdzv_endpoint"), at("--rdzv_id")) == ("2", "4", "node7:29500", "42")
+        command, *argv = words[words.index("llm_train_course.app.cli") + 1:]
+        made = parse(command, TRAINING[command][0], long_flags(argv))
+        assert (made.out, made.train.engine, made.train.zero) == ("runs/llm-train-42", "deepspeed", 3)
+    assert subprocess.run(["bash", str(ROOT / "recipes" / "multinode.slurm")], env=env, cwd=tmp_path, capture_output=True).returncode == 1
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        Path(made.out).mkdir(parents=True, exist_ok=True)
+        Path(made.out, "config.yaml").write_text("")
+        assert not restarted(made.out) and not restarted(None)
+        monkeypatch.setenv(name, "1")
+        assert restarted(made.out) and not restarted("other") and not restarted(None)
+        monkeypatch.delenv(name)
