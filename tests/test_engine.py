@@ -193,7 +193,7 @@ def _worker(rank, folder):
 def found(tmp_path_factory):
     "(case, engine, rank) -> what it saved."
     folder = tmp_path_factory.mktemp("engines")
-    on_two_ranks(_worker, folder)
+    on_two_ranks(_worker, folder, "fork")  # no second import of everything
 
     def get(case, name, rank=0):
         got = torch.load(folder / f"{case.__name__}-{name}" / f"rank-{rank}.pt", weights_only=False)

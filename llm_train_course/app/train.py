@@ -571,6 +571,8 @@ def run_job(
     resume: Path | None = None,  # an existing run folder
 ) -> int:                        # exit code
     "Make the folder, measure, train, save, measure, report."
+    if job.recipe.train.engine == "auto":  # of a caller that did not come through `start`
+        job.recipe = engine.settle(job.recipe, command)
     recipe, start = job.recipe, time.perf_counter()
     # no rank need ever hold the whole model on its GPU: it is measured where it is trained
     inside = not job.train and weights_in_shards(recipe.train)
@@ -673,7 +675,7 @@ def _watching(model, recipe):
 def _remove_unstarted(run_dir):
     "A run that failed before its first step (a tracker that wants a login, say) leaves no folder behind."
     names = {p.name for p in run_dir.iterdir()}
-    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE, "reference_logps.safetensors"} and not runs.read_metrics(run_dir):
+    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE, "reference_logps.safetensors", "ds_config.json"} and not runs.read_metrics(run_dir):
         for name in names - {runs.BASE}:
             (run_dir / name).unlink()
         shutil.rmtree(run_dir / runs.BASE, ignore_errors=True)
