@@ -13,7 +13,7 @@ import torch
 from helpers import CONFIG, ROWS, flat, model, on_two_ranks
 from safetensors.torch import load_file
 
-from llm_train_course.core import NonFiniteLoss, PaddedBatches, evaluate, fit, latest_checkpoint, lm_loss
+from llm_train_course.core import NonFiniteLoss, PaddedBatches, evaluate, fit, latest_checkpoint, lm_loss, named_engine
 from llm_train_course.lora import add_lora, save_adapter
 
 ENGINES = {"ddp": {}, "fsdp": {"engine": "fsdp"}, **{f"zero{z}": {"engine": "deepspeed", "zero": z} for z in range(4)}}
@@ -324,4 +324,4 @@ def test_one_model_through_three_engines(found):
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_low_precision_is_for_ddp(engine, wrong, said):
     with pytest.raises(ValueError, match=said):
-        core.named_engine(replace(CONFIG, engine=engine, **wrong))
+        named_engine(replace(CONFIG, engine=engine, **wrong))
