@@ -346,11 +346,10 @@ def test_bad_rows_of_both_files_are_listed_before_anything_is_written(here, mode
     assert lines[3:] == ["3 problems in the data; nothing was written"] and files_of(here) == before
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_what_the_loop_cannot_run_on_is_refused_before_anything_is_written(kind, here, model_folder, capsys, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+def test_what_the_loop_cannot_run_on_is_refused_before_anything_is_written(here, model_folder, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     assert main(["sft", "--model", model_folder, "--data", "text.jsonl", *FAST]) == 2
-    assert f"accelerate is configured for {kind}" in capsys.readouterr().err and not Path("runs").exists()
+    assert "accelerate is configured for MEGATRON_LM" in capsys.readouterr().err and not Path("runs").exists()
 
 
 def test_a_run_is_never_overwritten(here, model_folder, capsys):
@@ -605,7 +604,7 @@ def test_examples_of_the_readmes_and_recipes_are_commands(tmp_path):
                     assert recipe.train.max_steps is None and recipe.train.epochs >= 1 and recipe.eval_data == "my-heldout.jsonl", line
             else:
                 assert command in ("chat", "merge"), line
-    assert len(set(seen)) == 8 + 6  # eight recipes for the user's data, and three of them in both languages
+    assert len(set(seen)) == 9 + 6  # nine recipes for the user's data, and three of them in both languages
 
 
 def test_where_smollm2_came_from_is_written_down(tmp_path):

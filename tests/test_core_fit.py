@@ -158,11 +158,9 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in (6, 8, 9)]
 
 
-def test_engines_that_own_the_weights_are_refused_by_name(monkeypatch):
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(ValueError, match="configured for DEEPSPEED"):
+def test_an_engine_that_fit_does_not_have_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(ValueError, match="configured for MEGATRON_LM"):
         fit(model(), PaddedBatches(ROWS, 2), config=CONFIG)
 
 

@@ -51,6 +51,7 @@ def usage() -> str:
   llm-train eval runs/lora-smollm2-1 --data interview:heldout
   llm-train chat runs/lora-smollm2-1
   llm-train merge runs/lora-smollm2-1
+  torchrun --nproc_per_node 2 -m llm_train_course.app.cli sft --config recipe.yaml --engine deepspeed --zero 3
 
 Data: JSONL or Parquet with {{"text"}}, {{"messages"}} or {{"prompt", "completion"}}, a .txt file, a hub name[:split],
 `interview`, `interview:heldout` (the course's own), or `world`. For rm and dpo: {{"prompt", "chosen", "rejected"}}, or
@@ -239,7 +240,9 @@ def take(
 # commands
 # ---------------------------------------------------------------------------------------------------------------------
 def _train(command, argv):
-    resume, rest = take(argv, "--resume")
+    from llm_train_course.app.engine import HELP, long_flags, restarted
+
+    resume, rest = take(long_flags(argv), "--resume")
     _check_yaml(rest)
     _quiet()
     from llm_train_course.app import train
@@ -250,8 +253,12 @@ def _train(command, argv):
         if "--help" in rest or "-h" in rest:
             make_parser(command, recipe).print_help()
             print("  --resume RUN          go on with a run that was stopped; its fields come from its config.yaml")
+            print(HELP)
             return 0
-        return train.start(command, parse(command, recipe, rest))
+        made = parse(command, recipe, rest)
+        if not restarted(made.out):
+            return train.start(command, made)
+        resume = made.out
     config = read_config(resume)
     made_by = config["run"].get("command")
     if made_by != command:
@@ -368,6 +375,8 @@ def main(
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
+    if argv and argv[0].startswith("--local_rank="):  # from the deepspeed launcher; it is in the environment too
+        del argv[0]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from llm_train_course.app import adapters, runs
+from llm_train_course.app import adapters, engine, runs
 from llm_train_course.app.adapters import LoraSpec, QuantSpec
 from llm_train_course.app.chat import prompt_ids, room
 from llm_train_course.app.data import PREFERENCES, SFT, DataError, Rows, encode_rows, is_world, read_rows
@@ -35,6 +35,7 @@ from llm_train_course.core import (
     tiny_llama,
     total_steps,
     train_tokenizer,
+    weights_in_shards,
 )
 from llm_train_course.lora import load_adapter, lora_layers, merge_lora
 
@@ -265,9 +266,6 @@ def check_recipe(recipe) -> None:
     for tracker in train.trackers:
         if find_spec(tracker.replace("-", "_")) is None:
             raise UserError(f"train.trackers: {tracker} is not installed (pip install {tracker})")
-    for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UserError(f"accelerate is configured for {kind}: runs on one process, or on several through DDP, are what there is")
     runs.check_new(recipe.out)
 
 
@@ -568,6 +566,8 @@ def _describe(job, steps, run_dir):
     for name, info in job.data.items():
         say(f"{name:<8} {info['source']}: {info['rows']} rows of {info['kind'].replace('_', '/')}"
             + (f", {info['blank_lines']} blank lines skipped" if info["blank_lines"] else ""))
+    if words := engine.described(job.recipe.train):
+        say(f"engine   {words}")
     say(f"steps    {steps}")
     say(f"run      {run_dir}")
 
@@ -601,9 +601,14 @@ def run_job(
     resume: Path | None = None,  # an existing run folder
 ) -> int:                        # exit code
     "Make the folder, measure, train, save, measure, report."
+    if job.recipe.train.engine == "auto":  # of a caller that did not come through `start`
+        job.recipe = engine.settle(job.recipe, command)
     recipe, start = job.recipe, time.perf_counter()
     _check_monitor(job)
-    job.model.to(device_of(recipe.train))
+    # no rank need ever hold the whole model on its GPU: it is measured where it is trained
+    inside = not job.train and weights_in_shards(recipe.train)
+    if not inside:
+        job.model.to(device_of(recipe.train))
     steps = job.n_steps or total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
     run_dir = _shared_dir(command, job, resume)  # from here on things are written
     main = int(os.environ.get("RANK", "0")) == 0
@@ -623,22 +628,33 @@ def run_job(
         if main and job.base_state and not (run_dir / runs.BASE).is_dir():  # first: it may be in no file tomorrow
             runs.save_base(run_dir, job.model, job.base_state, job.tokenizer)
         job.base_state = None
-        results = runs.read_results(run_dir)
-        if "before" not in results:
-            seconds = results.get("seconds", 0.0)
+        results, found = runs.read_results(run_dir), {}
+        trained = resume and runs.trained_folder(run_dir)
+
+        def look(when, run=lambda fn: fn(job.model)):
+            "Measures and sample answers, before and after."
+            if when == "before" and "before" in results:
+                return
             job.results = results
-            before, said = measure(job), answers(job)
-            results = {**results, **job.kept, "before": before}
+            found[when], said = run(lambda model: (measure(job), answers(job)))
+            if when == "after":
+                found["answers_after"] = said
+                return
+            seconds = results.get("seconds", 0.0)
+            results.update({**job.kept, "before": found["before"]})
             if main:
-                results = runs.update_results(run_dir, before=before, answers_before=said, prompts=job.prompts,
-                                              references=job.references, seconds=seconds, **job.kept)
-        if resume and runs.trained_folder(run_dir):
+                results.update(runs.update_results(run_dir, before=found["before"], answers_before=said, prompts=job.prompts,
+                                                   references=job.references, seconds=seconds, **job.kept))
+
+        if not inside or trained:
+            look("before")
+        if trained:
             _restore_trained(job, run_dir)
         else:
             with _watching(job.model.model if job.save else job.model, recipe) as watch:  # a reward model is a shell
                 outcome = job.train(run_dir, resume is not None, **watch) if job.train else fit(
                     job.model, job.batches, job.loss, recipe.train, run_dir=run_dir, resume=resume is not None,
-                    eval_batches=job.eval_batches if recipe.train.eval_every else None, **watch)
+                    eval_batches=job.eval_batches if recipe.train.eval_every else None, around=look if inside else None, **watch)
             spent = results.get("seconds", 0.0) + time.perf_counter() - start
             if main:
                 runs.update_results(run_dir, seconds=spent, steps=outcome.step)
@@ -650,10 +666,10 @@ def run_job(
             if main:
                 quant = getattr(recipe, "quant", None)
                 runs.save_trained(run_dir, job.model, job.tokenizer, quant and (quant, recipe.dtype), job.save)
-        job.results = results
-        after, said = measure(job), answers(job)
+        if "after" not in found:
+            look("after")
         if main:
-            runs.update_results(run_dir, after=after, answers_after=said)
+            runs.update_results(run_dir, after=found["after"], answers_after=found["answers_after"])
             from llm_train_course.app.report import write_report
             report = write_report(run_dir)
             print_results(runs.read_results(run_dir), runs.read_metrics(run_dir))
@@ -690,7 +706,7 @@ def _watching(model, recipe):
 def _remove_unstarted(run_dir):
     "A run that failed before its first step (a tracker that wants a login, say) leaves no folder behind."
     names = {p.name for p in run_dir.iterdir()}
-    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE, "reference_logps.safetensors"} and not runs.read_metrics(run_dir):
+    if names <= {runs.CONFIG, runs.RESULTS, runs.METRICS, runs.BASE, "reference_logps.safetensors", "ds_config.json"} and not runs.read_metrics(run_dir):
         for name in names - {runs.BASE}:
             (run_dir / name).unlink()
         shutil.rmtree(run_dir / runs.BASE, ignore_errors=True)
@@ -729,9 +745,10 @@ def start(
     _, prepare = TRAINING[command]
     if resume is None:
         check_recipe(recipe)
-        return run_job(command, prepare(recipe))
+        return run_job(command, prepare(engine.settle(recipe, command)))
     config = runs.read_config(resume)
     check_recipe(replace(recipe, out=None))
+    recipe = engine.settle(recipe, command)
     folder = Path(resume).expanduser()
     if runs.trained_folder(folder) and "after" in runs.read_results(folder):
         say(f"{resume} is finished: {runs.trained_folder(folder)}")
