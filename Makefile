@@ -7,7 +7,7 @@ JOBS   ?= 2
 # One thread a process and files in parallel: two OpenMP threads under contention slow a step many times over.
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: run test lab docs docs-check notebooks bench export drift clean
+.PHONY: run test lab-test lab docs docs-check notebooks bench export drift clean
 
 run: $(VENV)/.base
 	$(BIN)/llm-train demo
@@ -16,6 +16,10 @@ test: $(VENV)/.dev drift docs-check
 	$(BIN)/ruff check .
 	$(QUIET) $(BIN)/nbdev_test --n_workers $(JOBS)
 	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# `make test` opens two notebooks in JupyterLab and runs all of them by nbdev_test; this opens all of them.
+lab-test: $(VENV)/.dev
+	LAB=all $(QUIET) $(BIN)/python -m pytest tests/test_jupyterlab.py
 
 # Modules must be what the notebooks export, notebooks must be clean, generated pages up to date.
 drift: $(VENV)/.dev

@@ -1,5 +1,6 @@
 "The exercise checker: stubs fail, solutions pass, plausible wrong answers are caught, and messages say what is wrong."
 
+import answers_ch02
 import answers_ch08
 import answers_ch09
 import answers_ch10
@@ -452,7 +453,7 @@ WRONG = {
 }  # fmt: skip
 
 
-WRONG |= answers_ch08.WRONG | answers_ch09.WRONG | answers_ch10.WRONG
+WRONG |= answers_ch02.WRONG | answers_ch08.WRONG | answers_ch09.WRONG | answers_ch10.WRONG
 
 
 def wrong_answer(id, body):
@@ -461,7 +462,7 @@ def wrong_answer(id, body):
 
 
 def test_every_written_chapter_has_four_exercises_and_every_exercise_has_wrong_answers():
-    assert all(sum(id.startswith(chapter) for id in EXERCISES) >= 4 for chapter in ("01.", "03.", "04.", "05.", "06.", "07.", "08.", "09.", "10."))
+    assert all(sum(id.startswith(chapter) for id in EXERCISES) >= 4 for chapter in ("01.", "02.", "03.", "04.", "05.", "06.", "07.", "08.", "09.", "10."))
     assert all(len(WRONG[id]) >= 3 for id in EXERCISES)
 
 
@@ -517,7 +518,7 @@ RIGHT = {
 }  # fmt: skip
 
 
-RIGHT |= answers_ch08.RIGHT | answers_ch09.RIGHT | answers_ch10.RIGHT
+RIGHT |= answers_ch02.RIGHT | answers_ch08.RIGHT | answers_ch09.RIGHT | answers_ch10.RIGHT
 
 
 @pytest.mark.parametrize("id", RIGHT)
