@@ -17,7 +17,7 @@ test: $(VENV)/.dev drift docs-check
 	$(QUIET) $(BIN)/nbdev_test --n_workers $(JOBS)
 	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# `make test` opens two notebooks in JupyterLab and runs all of them by nbdev_test; this opens all of them.
+# `make test` opens one notebook in JupyterLab and runs all of them by nbdev_test; this opens all of them.
 lab-test: $(VENV)/.dev
 	LAB=all $(QUIET) $(BIN)/python -m pytest tests/test_jupyterlab.py
 

@@ -198,14 +198,17 @@ class Ranks:
                 port = s.getsockname()[1]
             self.workers = [_start(r, self.world_size, port, self.backend, self.timeout_s) for r in range(self.world_size)]
             self._answers(180)
-        for _, to_child, _ in self.workers:
-            _send(to_child, (fn, args))
+        try:
+            for _, to_child, _ in self.workers:
+                _send(to_child, (fn, args))
+        except BrokenPipeError:
+            pass    # a rank died after its last answer; `_collect` finds which
         return self._answers(10 * self.timeout_s)
 
     def _answers(self, patience_s: float) -> list:
         try:
             answers = _collect(self.workers, patience_s)
-        except KeyboardInterrupt:
+        except BaseException:    # answers that are still in the pipes would be taken for those of the next call
             self.close()
             raise
         print(*(said for *_, said in answers), sep="", end="")
@@ -253,17 +256,18 @@ _COUNTED = {
 
 # %% ../nbs/02_parallel.ipynb #2be88bc5
 class CommCounter:
-    "Counts this process's calls of `torch.distributed` while entered. `calls` and `payload_bytes` by kind, `sent_bytes` in all."
+    "Counts this process's calls of `torch.distributed` (all in `_COUNTED`, so no gather, no scatter) while entered. `calls` and `payload_bytes` by kind, `sent_bytes` in all."
     def __init__(self):
         self.calls, self.payload_bytes, self.sent_bytes, self._depth = Counter(), Counter(), 0, 0
 
     def _wrap(self, name: str, fn):
-        kind, argument, place = _COUNTED[name]
+        (kind, argument, _), signature = _COUNTED[name], inspect.signature(fn)
         @wraps(fn)
         def counted(*args, **kwargs):
             if not self._depth:    # a collective that is made of others counts once
-                whole = None if argument is None else kwargs[argument] if argument in kwargs else args[place]
-                size, n = 0 if whole is None else _bytes(whole), dist.get_world_size(kwargs.get("group"))
+                given = signature.bind(*args, **kwargs).arguments
+                whole = None if argument is None else given[argument]
+                size, n = 0 if whole is None else _bytes(whole), max(dist.get_world_size(given.get("group")), 1)
                 self.calls[kind] += 1
                 self.payload_bytes[kind] += size
                 self.sent_bytes += _share(kind, n) * size
@@ -347,6 +351,8 @@ def _around(
 ) -> None:
     "N − 1 steps of a ring. In each, the chunk received is the one before the chunk sent."
     rank, n, at = _group_place(group)
+    if chunks[0].is_cuda and sum(map(len, chunks)) < n:
+        dist.barrier(group=group)    # NCCL: all ranks must be in a group's first call, and empty chunks are not sent
     for step in range(n - 1):
         out, into = chunks[(first - step) % n], chunks[(first - step - 1) % n]
         inbox = torch.empty_like(into) if add else into
@@ -420,6 +426,8 @@ def tree_broadcast(
     if not 0 <= root < n:
         raise ValueError(f"root must be a rank of the group, 0 to {n - 1}, got {root}")
     flat, place = x.contiguous(), (rank - root) % n    # the root has place 0
+    if x.is_cuda:
+        dist.barrier(group=group)    # NCCL: all ranks must be in a group's first call, and not all send here
     for k in range((n - 1).bit_length()):
         reach = 1 << k
         if place < reach and place + reach < n:
@@ -812,6 +820,8 @@ class ColumnParallelLinear(nn.Module):
     ):
         super().__init__()
         n, self.size = dist.get_world_size(group), linear.out_features
+        if gather_output and copies > 1:
+            raise ValueError(f"gather_output joins parts of which each is on one rank; here {copies} ranks have the same part")
         self.cut = Cut(0, _bounds(self.size, n, copies, pad))
         length = -(-self.size // n) if pad else 0
         self.weight, self.bias = (None if t is None else nn.Parameter(self.cut.mine(t, group, length), t.requires_grad)
@@ -824,7 +834,7 @@ class ColumnParallelLinear(nn.Module):
             x = gather_sequence(x, self.group) if self.sequence_parallel else copy_to_ranks(x, self.group)
         share = partial(_SumCopies.apply, self.copies, self.group) if self.copies > 1 else lambda t: t
         y = _linear(x, share(self.weight), None if self.bias is None else share(self.bias))
-        return gather_columns(y, self.size, self.group) if self.gather_output else y
+        return _Columns.apply(y, Cut(y.ndim - 1, self.cut.bounds), True, self.group) if self.gather_output else y
 
 # %% ../nbs/02_parallel.ipynb #29a0ad16
 class RowParallelLinear(nn.Module):
@@ -1696,9 +1706,12 @@ def sum_tied_gradients(
     elif ends:
         peer = dist.get_world_size(group) - 1 - dist.get_rank(group)
         other = torch.empty_like(ends[0])
-        pair = [dist.P2POp(dist.isend, ends[0].grad, group=group, group_peer=peer), dist.P2POp(dist.irecv, other, group=group, group_peer=peer)]
-        for work in dist.batch_isend_irecv(pair):
-            work.wait()
+        first = dist.get_rank(group) == 0
+        for sends in (first, not first):    # not batched: over NCCL all ranks of a group must take part in its first batch
+            if sends:
+                dist.send(ends[0].grad, group=group, group_dst=peer)
+            else:
+                dist.recv(other, group=group, group_src=peer)
         ends[0].grad += other    # a + b is b + a in floating point, too: the copies stay equal bit for bit
 
 # %% ../nbs/02_parallel.ipynb #cc799376
@@ -2187,8 +2200,11 @@ def _shard_path(folder, rank: int, world_size: int) -> Path:
 
 
 def _save_zero(zero, folder) -> None:
-    "Parts first, index last: a folder with an index is complete."
+    "Parts first, index last: a folder with an index is complete. The old index goes before the first new part comes."
     Path(folder).mkdir(parents=True, exist_ok=True)
+    if zero.rank == 0:
+        (Path(folder) / "zero.json").unlink(missing_ok=True)
+    dist.barrier(group=zero.group)
     path = _shard_path(folder, zero.rank, zero.world_size)
     torch.save(_shard_of(zero), path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -2795,7 +2811,8 @@ def divide_over_mesh(
     if tied and pp > 1:    # before it is divided: a process group cannot be copied
         model.lm_head = copy.deepcopy(model.lm_head)
     stage = llama_stages(tensor_parallel(model, m.group["tp"]), pp)[at]
-    if tied and pp > 1:
+    stage.tied = tied and pp > 1    # on every stage: what is refused is refused by all ranks
+    if stage.tied:
         stage.tied_name = {0: "model.embed_tokens.weight", pp - 1: "lm_head.weight"}.get(at)
     return stage
 
@@ -2876,7 +2893,9 @@ def mesh_step(
 ) -> tuple[Tensor, Tensor]:   # () mean loss over all targets, () norm before clipping; the same on all ranks
     "One optimizer step of the dense model, on all ranks at once."
     zero = optimizer if isinstance(optimizer, ZeroAdamW) else None
-    if zero is not None and zero.stage > 1 and m.size["pp"] > 1 and any(_tied_weight(stage) is p for p in stage.parameters()):
+    if zero is not None and (zero.average or zero.max_norm is not None):
+        raise ValueError(f"mesh_step sums and clips by itself: make ZeroAdamW with average=False and without max_norm, got average={zero.average}, max_norm={zero.max_norm}")
+    if zero is not None and zero.stage > 1 and getattr(stage, "tied", False):
         raise ValueError(f"tied embeddings on two stages need whole gradients: ZeRO stage {zero.stage} has sent them away when the ends would add up; use stage 0 or 1")
     n_targets = torch.tensor(sum(int((b["labels"][:, 1:] != IGNORE).sum()) for b in micro_batches), device=next(stage.parameters()).device)
     dist.all_reduce(n_targets, group=m.group["dp"])
@@ -3114,7 +3133,7 @@ def checked_collectives(
     timeout_s: float = 30,          # seconds after which a rank that does not come is reported
     check_finite: bool = False,     # refuse to sum NaN or infinity; on a GPU this waits for the tensor
 ):
-    "Every collective that Python calls is announced and compared before it runs. On a fault every rank raises the same `CollectiveFault`. All ranks must enter."
+    "Every collective of `_COUNTED` that Python calls (not gather and scatter) is announced and compared before it runs. On a fault every rank raises the same `CollectiveFault`. All ranks must enter."
     watch, c10d, error = Watch(timeout_s), dist.distributed_c10d, None
     saved = {name: getattr(c10d, name) for name, (kind, *_) in _COUNTED.items() if kind not in ("send", "recv") and hasattr(c10d, name)}
     for name, fn in saved.items():

@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from execute import is_flagged  # noqa: E402
 
-# nbdev_test runs every notebook's cells. What only JupyterLab can show (a browser, widgets, a kernel that starts processes) needs two of
-# them each time: the first, and the one whose cells start processes. `make lab-test` opens all.
-EACH_TIME = ["00_core.ipynb", "02_parallel.ipynb"]
+# nbdev_test runs every notebook's cells. What only JupyterLab can show (a browser, menus, widgets) is the same for all of them, so one is
+# opened each time. `make lab-test` opens all.
+EACH_TIME = ["00_core.ipynb"]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb")) if os.environ.get("LAB") == "all" else EACH_TIME
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

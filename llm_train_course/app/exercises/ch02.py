@@ -146,10 +146,12 @@ TRAFFIC = exercise(
     title_zh="ZeRO 的通信量",
     statement="""Write `elements_sent(n_params, world_size, stage, micro_batches)`: the elements that one rank sends in one optimizer step, with
 ring collectives and `n_params` divisible by `world_size`. Stage 0 and 1 exchange gradients once a step, after the last micro-batch. Stage 2 keeps
-only its shard of the gradients, so it reduces those of every micro-batch. Stage 3 also gathers the weights twice in each micro-batch, for the forward
-and for the backward pass. The reduce-scatter or the all-gather of a vector of n elements sends n·(N-1)/N.""",
+only its shard of the gradients, so it reduces those of every micro-batch. Stages 1 and 2 gather the new weights once, after the step; stage 0 needs the
+whole sums, an all-reduce, which is a reduce-scatter and an all-gather. Stage 3 reduces as stage 2 does and gathers nothing after the step, but the weights
+twice in each micro-batch, for the forward and for the backward pass. The reduce-scatter or the all-gather of a vector of n elements sends n·(N-1)/N.""",
     statement_zh="""写出 `elements_sent(n_params, world_size, stage, micro_batches)`：使用环形集合通信、`n_params` 可被 `world_size` 整除时，一个进程在一次优化器更新中发送的元素数。
-阶段 0 和 1 每步只在最后一个微批之后交换一次梯度。阶段 2 只保留自己那份梯度，所以每个微批都要归约。阶段 3 还要在每个微批里收集两次权重（前向和反向各一次）。
+阶段 0 和 1 每步只在最后一个微批之后交换一次梯度。阶段 2 只保留自己那份梯度，所以每个微批都要归约。阶段 1 和 2 在更新之后收集一次新权重；阶段 0 用 all-reduce 得到完整的和，相当于一次 reduce-scatter 加一次 all-gather。
+阶段 3 的归约与阶段 2 相同，更新之后不再收集，但每个微批要收集两次权重（前向和反向各一次）。
 n 个元素的 reduce-scatter 或 all-gather 发送 n·(N-1)/N 个元素。""",
     stub='''def elements_sent(n_params, world_size, stage, micro_batches):
     "Elements that one rank sends in a step."
