@@ -576,3 +576,18 @@ def test_chunks_are_torchs():
         chunk_sizes(3, 0)
     with pytest.raises(ValueError, match="bucket_bytes must be at least 1"):
         make_buckets([], 0)
+
+
+def alone_in_a_group():
+    "Bytes counted where the group is given by position, and by name."
+    groups = [dist.new_group([r]) for r in range(dist.get_world_size())]
+    counts = []
+    for call in (lambda x, g: dist.all_reduce(x, dist.ReduceOp.SUM, g), lambda x, g: dist.all_reduce(x, group=g)):
+        with CommCounter() as count:
+            call(torch.ones(4), groups[dist.get_rank()])
+        counts.append((count.calls["all_reduce"], count.sent_bytes))
+    return counts
+
+
+def test_the_counter_knows_the_group_however_it_is_given(ranks):
+    assert ranks(alone_in_a_group) == [[(1, 0), (1, 0)]] * 4

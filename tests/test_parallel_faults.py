@@ -479,3 +479,33 @@ def norm_counts_once(shape, n_heads_kv):
 def test_the_norm_counts_each_number_once(ranks, shape):
     for kv in (4, 2):  # with two heads of keys, four tensor ranks hold copies
         assert ranks(partial(norm_counts_once, shape, kv)) == pytest.approx([1.0] * 4, rel=1e-5)
+
+
+def tied_over(stage_of_zero, **options):
+    m = mesh(1, 4, 1)
+    four_layers = tiny_llama(53, hidden_size=16, n_heads=2, n_layers=4, max_length=32)  # two stages have no end of the tied matrix
+    stage = divide_over_mesh(four_layers, m)
+    zero = ZeroAdamW(stage, stage_of_zero, group=m.group["dp"], **options)
+    try:
+        mesh_step(stage, m, zero, pipeline_schedule("1f1b", 4, 4), batches(0, 4), 53, 1.0)
+    except ValueError as e:
+        return str(e)
+    finally:
+        m.close()
+
+
+def test_what_a_mesh_cannot_do_is_refused_by_all_ranks(ranks):
+    assert all("tied embeddings on two stages" in said for said in ranks(partial(tied_over, 2, average=False)))
+    assert all("average=False and without max_norm" in said for said in ranks(partial(tied_over, 1)))
+    assert all("max_norm=1.0" in said for said in ranks(partial(tied_over, 1, average=False, max_norm=1.0)))
+
+
+def test_a_rank_that_died_between_two_calls_is_named_and_the_next_call_starts_new_ones():
+    with Ranks(2) as two:
+        assert two(dist.get_rank) == [0, 1]
+        two.workers[1][0].kill()
+        two.workers[1][0].wait()
+        with pytest.raises(RankError, match="rank 1: died with exit code -9") as e:
+            two(dist.get_rank)
+        assert e.value.rank == 1
+        assert two(dist.get_rank) == [0, 1]

@@ -355,3 +355,25 @@ def linear(bias, options, dtype):
 def test_linear_layers_of_uneven_parts(ranks, bias, options):
     for gaps in ranks(partial(linear, bias, options), torch.float64):
         assert max(gaps) < 1e-13  # in float64, so that only mistakes are left
+
+
+def gathered_padded(size, copies):
+    dense = nn.Linear(3, size)
+    with torch.no_grad():
+        for p in dense.parameters():
+            p.copy_(torch.arange(p.numel()).view_as(p) / 7)
+    x = torch.arange(6.0).view(2, 3)
+    try:
+        layer = ColumnParallelLinear(dense, gather_output=True, pad=copies == 1, copies=copies)
+    except ValueError as e:
+        return str(e)
+    return float((layer(x) - dense(x)).abs().max())
+
+
+@pytest.mark.parametrize("size", [5, 8, 3])
+def test_gathered_columns_are_the_dense_ones_with_padding_too(ranks, size):
+    assert max(ranks(gathered_padded, size, 1)) == 0
+
+
+def test_columns_that_are_copies_are_not_gathered(ranks):
+    assert all("2 ranks have the same part" in said for said in ranks(gathered_padded, 4, 2))

@@ -532,3 +532,35 @@ def test_losses_of_deepspeed(ranks, stage):
     theirs, ours = ranks(with_deepspeed, stage, 3), ranks(without_deepspeed, stage, 3)
     assert all(len(a) == 6 and a == pytest.approx(b, abs=5e-6) for a, b in zip(theirs, ours, strict=True))
     assert abs(theirs[0][0] - theirs[0][4]) > 1e-2    # the model does move
+
+
+# A second save that was cut short
+
+
+def half_saved(folder):
+    "Saves twice; the second time only one rank's part arrives. What loading it says."
+    model = torch.nn.Linear(5, 3)
+    zero = ZeroAdamW(model, 1)
+    zero.save(folder)
+    dist.barrier()
+    index = Path(folder, "zero.json")
+    assert index.exists()
+    (zero_barrier := dist.barrier)()
+    try:
+        if dist.get_rank() == 0:  # the second save dies here: as `save` begins, then one part
+            dist.barrier = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+            try:
+                zero.save(folder)
+            except KeyboardInterrupt:
+                pass
+    finally:
+        dist.barrier = zero_barrier
+    dist.barrier()
+    try:
+        zero.load(folder)
+    except FileNotFoundError as e:
+        return str(e)
+
+
+def test_a_save_that_was_cut_short_is_not_loaded(ranks, tmp_path):
+    assert all(said and "zero.json" in said for said in ranks(half_saved, str(tmp_path / "z")))
