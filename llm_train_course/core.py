@@ -1250,10 +1250,20 @@ def _check_dtype(dtype, stage, config):
         raise ValueError("engine deepspeed: weights in bf16 need a float32 copy to be trained, which zero 1, 2 and 3 keep; zero 0 does not")
 
 
-def _deepspeed(accelerator):
-    "The library. On a CPU it must not compile its collectives for shared memory: gloo's serve."
+def _check_deepspeed():
+    "That the library is here, and not older than what `clip` and `drop` ask of it."
+    from importlib.metadata import version
+
+    from packaging.version import Version
     if find_spec("deepspeed") is None:
         raise ValueError("engine deepspeed: deepspeed is not installed (pip install deepspeed)")
+    if Version(Version(found := version("deepspeed")).base_version) < Version("0.19.8"):
+        raise ValueError(f"engine deepspeed: deepspeed {found} is too old, 0.19.8 or newer is needed (pip install -U deepspeed)")
+
+
+def _deepspeed(accelerator):
+    "The library. On a CPU it must not compile its collectives for shared memory: gloo's serve."
+    _check_deepspeed()
     import deepspeed
     if accelerator.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
