@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llm_train_course.app import runs
 from llm_train_course.app.cli import main
-from llm_train_course.core import _check_deepspeed
+from llm_train_course.core import TrainConfig, _check_deepspeed, deepspeed_config
 
 ROOT = Path(__file__).parents[1]
 FAST = shlex.split("--train.cpu true --train.progress false --train.log_every 1 --train.max_steps 3 --train.learning_rate 3e-3 "
@@ -206,6 +206,47 @@ def test_what_an_engine_cannot_do_is_refused_by_name_and_nothing_is_written(here
     assert not wrong and files_of(here) == before
 
 
+LOW = "--train.precision bf16"
+FILES = {
+    "half": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, LOW, "torch_autocast.dtype is 'float16', but train.precision bf16 is bfloat16"),
+    "sums": ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, f"{LOW} --dtype bf16", "data_types.grad_accum_dtype is 'fp32'"),
+    "tensor": ({"tensor_parallel": {"autotp_size": 2}}, "", "tensor_parallel: every rank of the loop has"),
+    "sequence": ({"sequence_parallel_size": 2}, "", "sequence_parallel_size: every rank of the loop has"),
+    "pipeline": ({"pipeline": {"stages": 2}}, "", "pipeline: every rank of the loop has"),
+    "elastic": ({"elasticity": {"enabled": True}}, "", "elasticity: every rank of the loop has"),
+    "three": ({"zero_optimization": 3}, "", "zero_optimization must be an object, got 3"),
+    "true": ({"bf16": True}, "", "bf16 must be an object, got true"),
+    "cast": ({"torch_autocast": "bfloat16"}, LOW, 'torch_autocast must be an object, got "bfloat16"'),
+    "place": ({"zero_optimization": {"offload_optimizer": "cpu"}}, "", 'zero_optimization.offload_optimizer must be an object, got "cpu"'),
+    "nought": ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "", "zero_optimization.offload_optimizer.device is 'cpu', but zero 0 has no shards"),
+    "nought-param": ({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}, "", "zero_optimization.offload_param.device is 'cpu', but zero 0 has no shards"),
+    "nought-flag": ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "--zero 0", "zero_optimization.offload_optimizer.device is 'cpu', but zero 0 has no shards"),
+    "two": ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "", "zero_optimization.offload_param.device is 'cpu', but zero 2 does not cut the weights; use zero 3"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_contradicts_the_run_is_refused_by_name(here, capsys, name):
+    content, flags, words = FILES[name]
+    Path(f"{name}.json").write_text(json.dumps(content))
+    code, err = main(["sft", *DATA, *FAST, "--ds_config", f"{name}.json", *flags.split(), "--out", "never"]), capsys.readouterr().err
+    assert code == 2 and f"ds_config: {name}.json: {words}" in err and err.count("\n") == 1
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize("content,change,key,value", [
+    ({"sequence_parallel_size": 1, "elasticity": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}}, {}, "zero_optimization.stage", 2),
+    ({"zero_optimization": {"stage": 3, "offload_param": None}}, {"zero": 3, "engine_offload": "cpu"}, "zero_optimization.offload_param.device", "cpu"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {}, "zero_optimization.offload_param.device", "cpu"),
+    ({"torch_autocast": {"enabled": "auto", "dtype": "auto"}}, {"precision": "bf16"}, "torch_autocast.dtype", "bfloat16")])
+def test_a_file_that_asks_for_nothing_else_is_taken(tmp_path, content, change, key, value):
+    (tmp_path / "file.json").write_text(json.dumps(content))
+    made = deepspeed_config(TrainConfig(engine="deepspeed", ds_config=str(tmp_path / "file.json"), **change))
+    for part in key.split("."):
+        made = made[part]
+    assert made == value
+
+
 def test_an_older_deepspeed_is_refused_by_name(here, capsys, monkeypatch):
     import importlib.metadata
     for found, code in (("0.18.0", 2), ("0.19.0", 2), ("0.19.8+abc", None), ("0.20.1", None)):
@@ -257,7 +298,7 @@ DRIVER = """
 import os, signal, sys
 from llm_train_course import core
 from llm_train_course.app.cli import main
-from llm_train_course.core import _check_deepspeed
+from llm_train_course.core import TrainConfig, _check_deepspeed, deepspeed_config
 advance = core._advance
 def dies(p, *rest):
     advance(p, *rest)
