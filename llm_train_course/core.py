@@ -1067,6 +1067,8 @@ class _Fsdp(_FsdpStep):
 _LOOP_OWNS = {"optimizer": "the loop's AdamW, set by train.learning_rate, train.betas, train.eps and train.weight_decay",
               "scheduler": "the loop's, set by train.schedule and train.warmup_steps", "fp16": "not offered: train.precision bf16",
               "amp": "not offered: train.precision bf16"}
+_RANKS_APART = ("tensor_parallel", "sequence_parallel_size", "pipeline", "elasticity")  # keys by which ranks would not each have rows of their own
+_OBJECTS = ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "bf16", "torch_autocast", "data_types")
 
 
 def _recipe_values(config, micro_batch_size, weights_dtype):
@@ -1096,10 +1098,19 @@ def _at(tree, key):
 def _put(tree, key, value):
     *parents, last = key.split(".")
     for part in parents:
-        tree = tree.setdefault(part, {})
+        if tree.get(part) is None:  # a null stands for nothing too
+            tree[part] = {}
+        tree = tree[part]
     tree[last] = value
 
 # %% ../nbs/00_core.ipynb #089eb953
+def _idle(value):
+    "Whether a key of `_RANKS_APART` asks for nothing."
+    if isinstance(value, dict):
+        return value.get("enabled") is False or value.get("autotp_size") in (0, 1) or not value
+    return value in (None, False, 1)
+
+
 def _read_ds_config(path):
     "A DeepSpeed configuration of the user's."
     try:
@@ -1113,6 +1124,13 @@ def _read_ds_config(path):
     for key in found.keys() & _LOOP_OWNS.keys():
         if key in ("optimizer", "scheduler") or _at(found, f"{key}.enabled"):
             raise ValueError(f"ds_config: {path}: {key} is {_LOOP_OWNS[key]}; take it out of the file")
+    for key in _RANKS_APART:
+        if not _idle(found.get(key)):
+            raise ValueError(f"ds_config: {path}: {key}: every rank of the loop has the whole of each layer and rows of its own, "
+                             "over which the mean is taken; take it out of the file")
+    for key in _OBJECTS:
+        if not isinstance(_at(found, key), dict | None):
+            raise ValueError(f"ds_config: {path}: {key} must be an object, got {json.dumps(_at(found, key))}")
     stage = _at(found, "zero_optimization.stage")
     if stage not in (None, "auto", 0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"ds_config: {path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
@@ -1123,6 +1141,24 @@ def _read_ds_config(path):
     return found
 
 # %% ../nbs/00_core.ipynb #885257b4
+def _check_merged(made, path, weights_dtype):
+    "What a file says that does not go with the stage and the arithmetic it is used with."
+    stage, dtype = _at(made, "zero_optimization.stage"), _at(made, "torch_autocast.dtype")
+    place, weights = (_at(made, f"zero_optimization.offload_{part}.device") == "cpu" for part in ("optimizer", "param"))
+    sums = _at(made, "data_types.grad_accum_dtype")
+    for bad, why in (
+        (_at(made, "torch_autocast.enabled") and dtype not in (None, "auto", "bf16", "bfloat16", "torch.bfloat16"),
+         f"torch_autocast.dtype is {dtype!r}, but train.precision bf16 is bfloat16"),
+        (stage == 0 and (place or weights), f"zero_optimization.offload_{'optimizer' if place else 'param'}.device is 'cpu', "
+                                            "but zero 0 has no shards; use zero 1, 2 or 3"),
+        (stage != 3 and weights, f"zero_optimization.offload_param.device is 'cpu', but zero {stage} does not cut the weights; use zero 3"),
+        (stage == 1 and not place and weights_dtype == torch.bfloat16 and sums not in (None, "bf16", "bfloat16"),
+         f"data_types.grad_accum_dtype is {sums!r}, for which DeepSpeed takes an optimizer of another kind under zero 1 with bf16 weights, "
+         "which the loop cannot clip; use zero 2 or 3")):
+        if bad:
+            raise ValueError(f"ds_config: {path}: {why}")
+
+# %% ../nbs/00_core.ipynb #8e6fa35c
 def deepspeed_config(
     config: TrainConfig,
     micro_batch_size: int = 1,    # rows a rank puts through at once
@@ -1144,8 +1180,10 @@ def deepspeed_config(
     made["train_batch_size"] = batch
     if _at(made, "zero_optimization.stage") in (None, "auto"):
         _put(made, "zero_optimization.stage", 2)
+    if config.ds_config:
+        _check_merged(made, config.ds_config, weights_dtype)
     if _at(made, "torch_autocast.enabled"):
-        made["torch_autocast"].setdefault("dtype", "bfloat16")
+        made["torch_autocast"]["dtype"] = "bfloat16"
     # the optimizer is torch's AdamW: DeepSpeed's own one for the CPU would have to be compiled first
     return {**made, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
@@ -1250,10 +1288,20 @@ def _check_dtype(dtype, stage, config):
         raise ValueError("engine deepspeed: weights in bf16 need a float32 copy to be trained, which zero 1, 2 and 3 keep; zero 0 does not")
 
 
-def _deepspeed(accelerator):
-    "The library. On a CPU it must not compile its collectives for shared memory: gloo's serve."
+def _check_deepspeed():
+    "That the library is here, and not older than what `clip` and `drop` ask of it."
+    from importlib.metadata import version
+
+    from packaging.version import Version
     if find_spec("deepspeed") is None:
         raise ValueError("engine deepspeed: deepspeed is not installed (pip install deepspeed)")
+    if Version(Version(found := version("deepspeed")).base_version) < Version("0.19.8"):
+        raise ValueError(f"engine deepspeed: deepspeed {found} is too old, 0.19.8 or newer is needed (pip install -U deepspeed)")
+
+
+def _deepspeed(accelerator):
+    "The library. On a CPU it must not compile its collectives for shared memory: gloo's serve."
+    _check_deepspeed()
     import deepspeed
     if accelerator.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

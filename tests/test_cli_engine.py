@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from llm_train_course.app import runs
 from llm_train_course.app.cli import main
+from llm_train_course.core import TrainConfig, _check_deepspeed, deepspeed_config
 
 ROOT = Path(__file__).parents[1]
 FAST = shlex.split("--train.cpu true --train.progress false --train.log_every 1 --train.max_steps 3 --train.learning_rate 3e-3 "
@@ -171,6 +172,7 @@ REFUSED = {
     "--zero 3 --train.offload true": "offload: activations",
     "--zero 1 --dtype bf16": "dtype: bf16 weights are multiplied in bf16 under deepspeed",
     "--zero 0 --dtype bf16 --train.precision bf16": "dtype: bf16 weights need a float32 copy",
+    "--engine fsdp --dtype bf16 --train.precision bf16": "dtype: bf16 weights need a float32 copy to be trained, which fsdp does not keep",
     "--ds_config none.json": "ds_config: none.json cannot be read (No such file or directory)",
     "--ds_config rows.jsonl": "ds_config: rows.jsonl is not JSON",
     "--ds_config clip.json": "ds_config: clip.json: gradient_clipping is 0.5, but the recipe says train.max_grad_norm = 1.0",
@@ -202,6 +204,59 @@ def test_what_an_engine_cannot_do_is_refused_by_name_and_nothing_is_written(here
     if code != 2 or "4-bit weights are not cut into shards" not in err:
         wrong.append(("qlora", code, err))
     assert not wrong and files_of(here) == before
+
+
+LOW = "--train.precision bf16"
+FILES = {
+    "half": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, LOW, "torch_autocast.dtype is 'float16', but train.precision bf16 is bfloat16"),
+    "sums": ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, f"{LOW} --dtype bf16", "data_types.grad_accum_dtype is 'fp32'"),
+    "tensor": ({"tensor_parallel": {"autotp_size": 2}}, "", "tensor_parallel: every rank of the loop has"),
+    "sequence": ({"sequence_parallel_size": 2}, "", "sequence_parallel_size: every rank of the loop has"),
+    "pipeline": ({"pipeline": {"stages": 2}}, "", "pipeline: every rank of the loop has"),
+    "elastic": ({"elasticity": {"enabled": True}}, "", "elasticity: every rank of the loop has"),
+    "three": ({"zero_optimization": 3}, "", "zero_optimization must be an object, got 3"),
+    "true": ({"bf16": True}, "", "bf16 must be an object, got true"),
+    "cast": ({"torch_autocast": "bfloat16"}, LOW, 'torch_autocast must be an object, got "bfloat16"'),
+    "place": ({"zero_optimization": {"offload_optimizer": "cpu"}}, "", 'zero_optimization.offload_optimizer must be an object, got "cpu"'),
+    "nought": ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "", "zero_optimization.offload_optimizer.device is 'cpu', but zero 0 has no shards"),
+    "nought-param": ({"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}, "", "zero_optimization.offload_param.device is 'cpu', but zero 0 has no shards"),
+    "nought-flag": ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "--zero 0", "zero_optimization.offload_optimizer.device is 'cpu', but zero 0 has no shards"),
+    "two": ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "", "zero_optimization.offload_param.device is 'cpu', but zero 2 does not cut the weights; use zero 3"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_contradicts_the_run_is_refused_by_name(here, capsys, name):
+    content, flags, words = FILES[name]
+    Path(f"{name}.json").write_text(json.dumps(content))
+    code, err = main(["sft", *DATA, *FAST, "--ds_config", f"{name}.json", *flags.split(), "--out", "never"]), capsys.readouterr().err
+    assert code == 2 and f"ds_config: {name}.json: {words}" in err and err.count("\n") == 1
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize("content,change,key,value", [
+    ({"sequence_parallel_size": 1, "elasticity": {"enabled": False}, "tensor_parallel": {"autotp_size": 1}}, {}, "zero_optimization.stage", 2),
+    ({"zero_optimization": {"stage": 3, "offload_param": None}}, {"zero": 3, "engine_offload": "cpu"}, "zero_optimization.offload_param.device", "cpu"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {}, "zero_optimization.offload_param.device", "cpu"),
+    ({"torch_autocast": {"enabled": "auto", "dtype": "auto"}}, {"precision": "bf16"}, "torch_autocast.dtype", "bfloat16")])
+def test_a_file_that_asks_for_nothing_else_is_taken(tmp_path, content, change, key, value):
+    (tmp_path / "file.json").write_text(json.dumps(content))
+    made = deepspeed_config(TrainConfig(engine="deepspeed", ds_config=str(tmp_path / "file.json"), **change))
+    for part in key.split("."):
+        made = made[part]
+    assert made == value
+
+
+def test_an_older_deepspeed_is_refused_by_name(here, capsys, monkeypatch):
+    import importlib.metadata
+    for found, code in (("0.18.0", 2), ("0.19.0", 2), ("0.19.8+abc", None), ("0.20.1", None)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, found=found: found)
+        if code is None:
+            _check_deepspeed()
+            continue
+        assert main(["sft", *DATA, *FAST, "--zero", "3", "--out", "never"]) == code
+        assert f"train.engine deepspeed: deepspeed {found} is too old, 0.19.8 or newer is needed" in capsys.readouterr().err
+    assert not Path("never").exists()
 
 
 @pytest.mark.parametrize("names,words", [
@@ -243,6 +298,7 @@ DRIVER = """
 import os, signal, sys
 from llm_train_course import core
 from llm_train_course.app.cli import main
+from llm_train_course.core import TrainConfig, _check_deepspeed, deepspeed_config
 advance = core._advance
 def dies(p, *rest):
     advance(p, *rest)
@@ -273,11 +329,12 @@ def test_the_slurm_script_launches_a_command_that_parses(tmp_path, monkeypatch):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
     tools.mkdir()
-    for name, body in {"scontrol": 'printf "node7\\nnode8\\n"', "srun": 'printf "%s\\n" "$@"'}.items():
+    for name, body in {"scontrol": 'printf "node7\\nnode8\\n"', "srun": 'printf "%s\\n" "again=${SLURM_RESTART_COUNT:-}" "$@"',
+                       "torchrun": 'echo "[--shutdown-timeout SHUTDOWN_TIMEOUT]"'}.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NAME": "llm-train", "SLURM_JOB_ID": "42",
-           "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+           "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "64"}
     recipes = sorted((ROOT / "recipes").glob("multi-*.yaml"))
     assert len(recipes) == 2
     for recipe in recipes:
@@ -285,12 +342,21 @@ def test_the_slurm_script_launches_a_command_that_parses(tmp_path, monkeypatch):
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         words = done.stdout.split("\n")[:-1]
+        assert words[:2] == ["again=", "--cpus-per-task=64"]
         at = lambda name, words=words: words[words.index(name) + 1]
         assert (at("--nnodes"), at("--nproc_per_node"), at("--rdzv_endpoint"), at("--rdzv_id")) == ("2", "4", "node7:29500", "42")
+        assert at("--shutdown-timeout") == "540"
         command, *argv = words[words.index("llm_train_course.app.cli") + 1:]
         made = parse(command, TRAINING[command][0], long_flags(argv))
         assert (made.out, made.train.engine, made.train.zero) == ("runs/llm-train-42", "deepspeed", 3)
     assert subprocess.run(["bash", str(ROOT / "recipes" / "multinode.slurm")], env=env, cwd=tmp_path, capture_output=True).returncode == 1
+    (tmp_path / "runs" / "older").mkdir(parents=True)
+    (tmp_path / "runs" / "older" / "config.yaml").write_text("")  # a new job goes on with this run
+    (tools / "torchrun").write_text("#!/bin/bash\necho '[--max-restarts MAX_RESTARTS]'\n")  # of an older torch
+    done = subprocess.run(["bash", str(ROOT / "recipes" / "multinode.slurm"), str(recipes[0])], env={**env, "OUT": "runs/older"}, cwd=tmp_path,
+                          capture_output=True, text=True)
+    words = done.stdout.split("\n")[:-1]
+    assert words[0] == "again=1" and words[words.index("--out") + 1] == "runs/older" and "--shutdown-timeout" not in words
     monkeypatch.chdir(tmp_path)
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         Path(made.out).mkdir(parents=True, exist_ok=True)

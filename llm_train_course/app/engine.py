@@ -36,9 +36,7 @@ def settle(
     command: str,
 ):                # the recipe, its engine named
     "The engine that recipe and launcher ask for together. What it cannot do is refused here, before anything is read."
-    from importlib.util import find_spec
-
-    from llm_train_course.core import deepspeed_config, named_engine
+    from llm_train_course.core import _check_deepspeed, deepspeed_config, named_engine
 
     try:
         train = named_engine(recipe.train)
@@ -47,8 +45,11 @@ def settle(
     except ValueError as e:
         raise UserError(" ".join(f"{e}".split())) from e
     _refuse(train, recipe, command)
-    if train.engine == "deepspeed" and find_spec("deepspeed") is None:
-        raise UserError("train.engine: deepspeed is not installed (pip install deepspeed)")
+    if train.engine == "deepspeed":
+        try:
+            _check_deepspeed()
+        except ValueError as e:
+            raise UserError(f"train.{e}") from e
     for name in LAUNCHERS:  # the recipe says it now; libraries that read these would set an engine of their own up
         os.environ.pop(name, None)
     _join_again(train.cpu)
@@ -97,6 +98,8 @@ def _refuse(train, recipe, command):
     low = getattr(recipe, "dtype", "fp32") == "bf16"
     if train.engine == "deepspeed" and low and train.precision != "bf16":
         raise UserError("dtype: bf16 weights are multiplied in bf16 under deepspeed: set train.precision bf16, or dtype fp32")
+    if low and train.engine == "fsdp" and not getattr(recipe, "lora", None):
+        raise UserError("dtype: bf16 weights need a float32 copy to be trained, which fsdp does not keep: set dtype fp32 with train.precision bf16")
     if low and zero_stage(train) == 0:
         raise UserError("dtype: bf16 weights need a float32 copy to be trained, which zero 1, 2 and 3 keep; zero 0 does not")
 

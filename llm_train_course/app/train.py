@@ -551,7 +551,7 @@ def _shared_dir(command: str, job: Job, resume: Path | None) -> Path:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState()
+    state = PartialState(cpu=job.recipe.train.cpu)
     path = [runs.new_run_dir(job.recipe.out, f"{command}-{job.stem}") if state.is_main_process else None]
     return Path(broadcast_object_list(path)[0]) if state.num_processes > 1 else path[0]
 
@@ -559,7 +559,7 @@ def _shared_dir(command: str, job: Job, resume: Path | None) -> Path:
 def _describe(job, steps, run_dir):
     trained, total = count_parameters(job.model)
     share = "" if trained == total else f", {trained:,} of them trained ({100 * trained / total:.2f} %)"
-    say(f"model    {total:,} parameters{share}, on {next(job.model.parameters()).device}")
+    say(f"model    {total:,} parameters{share}, on {device_of(job.recipe.train)}")
     if job.base_bytes:
         loaded, now = job.base_bytes
         say(f"base     {now:,} bytes of frozen weights" + (f" in 4 bits ({quant.quant_type}), {loaded:,} before" if (quant := job.recipe.quant) else ""))
@@ -623,7 +623,7 @@ def run_job(
                        "base_bytes": dict(zip(("loaded", "trained_on"), job.base_bytes))} if job.base_bytes else {}
             runs.write_config(run_dir, plain(recipe), {
                 "command": command, "folder": str(run_dir), "steps": steps, "parameters": total, "trained": trained, **adapted,
-                "device": str(next(job.model.parameters()).device), "versions": runs.versions(), "model": job.source,
+                "device": str(device_of(recipe.train)), "versions": runs.versions(), "model": job.source,
                 "data": job.data, "unit": job.unit, **job.more})
         if main and job.base_state and not (run_dir / runs.BASE).is_dir():  # first: it may be in no file tomorrow
             runs.save_base(run_dir, job.model, job.base_state, job.tokenizer)
