@@ -875,10 +875,16 @@ class _Engine:
     def __init__(self, accelerator, model, loss, config):
         self.accelerator, self.model, self.config = accelerator, model, config
         self.objective, self.autocast = _Objective(model, loss), accelerator.autocast
+        self.remembered, self.variables = {}, nullcontext()
 
     def open(self, run_dir, batches):
         "Take the model over."
         self.objective, self.optimizer = self.accelerator.prepare(self.objective, adamw(self.model, self.config))
+
+    def not_opened(self):
+        "Undo what `open` did to modules and environment before it failed."
+        self.variables.__exit__(None, None, None)
+        _as_before(self.remembered)
 
     def accumulating(self, last):
         "A context for a micro-batch: gradients stay on the rank until the last one."
@@ -989,6 +995,15 @@ def _whole(tensor, device):
     tensor = tensor.detach()
     return tensor.to(device).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
+
+def _kept(tensors, accelerator):
+    "Named tensors that all ranks gather one after the other, in the memory of the first one's host: no device holds them all."
+    kept = {}
+    for name, tensor in tensors:
+        if accelerator.is_main_process:
+            kept[name] = tensor.cpu()
+    return kept
+
 # %% ../nbs/00_core.ipynb #42a7bbcf
 def _load_sharded(optimizer, tensors, meta):
     "Moments of this rank's shards."
@@ -1045,7 +1060,7 @@ class _Fsdp(_FsdpStep):
     def write(self, draft):
         for unit in self.units:
             unit.reshard()  # an evaluation leaves the root whole
-        whole = {n: _whole(t, self.accelerator.device) for n, t in _trained_tensors(self.model).items()}
+        whole = _kept(((n, _whole(t, self.accelerator.device)) for n, t in _trained_tensors(self.model).items()), self.accelerator)
         tensors, numbers, groups = _optimizer_state(self.optimizer)
         _write_tensors(draft / f"optimizer_{self.accelerator.process_index:05d}.safetensors", {k: _local(t) for k, t in tensors.items()})
         if self.accelerator.is_main_process:
@@ -1249,7 +1264,7 @@ class _DeepSpeed(_DeepSpeedStep):
         self.clean = True
 
     def write(self, draft):
-        whole = dict(_gathered(self, trained=True))
+        whole = _kept(_gathered(self, trained=True), self.accelerator)
         if self.accelerator.is_main_process:
             _write_tensors(draft / "weights.safetensors", whole)
         self.objective.save_checkpoint(str(draft), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
@@ -1259,10 +1274,10 @@ class _DeepSpeed(_DeepSpeedStep):
         self.objective.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False)
 
     def close(self, whole=True):
-        full = {id(p): t for (_, p), (_, t) in zip(self.model.named_parameters(), _gathered(self))} if whole else {}
+        full = {id(p): t.to(self.was_on) for (_, p), (_, t) in zip(self.model.named_parameters(), _gathered(self))} if whole else {}
         self.objective.destroy()
         self.variables.__exit__(None, None, None)
-        _as_before(self.remembered, (lambda p: full[id(p)].to(self.was_on)) if whole else None)
+        _as_before(self.remembered, (lambda p: full[id(p)]) if whole else None)
 
 # %% ../nbs/00_core.ipynb #57dbdc45
 def _gathered(engine, trained=False):
@@ -1365,7 +1380,11 @@ def _variables(changed):
 
 
 def _launched(config):
-    "What the launcher asks for, as fields of `TrainConfig`."
+    """What the launcher asks for, as fields of `TrainConfig`.
+
+    Of the variables of `accelerate launch` it reads ACCELERATE_USE_MEGATRON_LM, ACCELERATE_USE_FSDP with FSDP_VERSION and
+    FSDP_OFFLOAD_PARAMS, and ACCELERATE_USE_DEEPSPEED with ACCELERATE_DEEPSPEED_CONFIG_FILE, _ZERO_STAGE and _OFFLOAD_OPTIMIZER_DEVICE;
+    what else it is told, such as gradient clipping or a place for parameters alone, is the recipe's to say."""
     if _launcher("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError("accelerate is configured for MEGATRON_LM, which fit does not run under: engine is ddp, fsdp or deepspeed")
     if _launcher("ACCELERATE_USE_FSDP"):
@@ -1432,14 +1451,18 @@ def zero_stage(
 def weights_in_shards(
     config: TrainConfig,  # with its engine named
 ) -> bool:
-    "Whether no rank holds a whole model while it trains."
+    "Whether no device holds a whole model while it trains, nor when a checkpoint is written."
     return config.engine == "fsdp" or zero_stage(config) == 3
 
 
 @contextmanager
 def _opened(engine, run_dir, batches):
     "The model belongs to the engine inside. An error that one rank alone may have leaves it in shards: the others do not come to gather."
-    engine.open(run_dir, batches)
+    try:
+        engine.open(run_dir, batches)
+    except BaseException:
+        engine.not_opened()
+        raise
     try:
         yield
     except (NonFiniteLoss, SpikeError):
@@ -1847,7 +1870,8 @@ def fit(
     guard=None,                           # update(loss, grad_norm) -> true: refuse the update; state_dict, load_state_dict, rollback
     monitor=None,                         # before_step(grad_norm, optimizer), after_step(); row() goes into each row of metrics.jsonl;
                                           # begin_step(steps done, total), if it has one: before each global batch
-    around: Callable | None = None,       # (when, run): at the beginning and the end; run(fn) is fn(model), in shards or not, on every rank
+    around: Callable | None = None,       # (when, run): at the beginning and the end; run(fn) is fn(model), in shards or not, on every rank;
+                                          # under fsdp and deepspeed in the arithmetic of `precision`, under ddp in that of the weights' dtype
 ) -> FitResult:
     "Train. One loop for every chapter: on a CPU, on one GPU, or in many processes under DDP, FSDP2 or DeepSpeed."
     config = named_engine(config)

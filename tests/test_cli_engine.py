@@ -355,6 +355,7 @@ def test_the_slurm_script_launches_a_command_that_parses(tmp_path, monkeypatch):
     (tools / "torchrun").write_text("#!/bin/bash\necho '[--max-restarts MAX_RESTARTS]'\n")  # of an older torch
     done = subprocess.run(["bash", str(ROOT / "recipes" / "multinode.slurm"), str(recipes[0])], env={**env, "OUT": "runs/older"}, cwd=tmp_path,
                           capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     words = done.stdout.split("\n")[:-1]
     assert words[0] == "again=1" and words[words.index("--out") + 1] == "runs/older" and "--shutdown-timeout" not in words
     monkeypatch.chdir(tmp_path)

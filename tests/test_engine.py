@@ -172,9 +172,48 @@ def in_turn(engine, folder):
     return {"weights": flat(m)}
 
 
+def kept_whole(engine, folder):
+    "Which rank holds how many whole tensors when a checkpoint is written."
+    from llm_train_course import core
+
+    held, keep = [], core._kept
+    core._kept = lambda *given: held.append(keep(*given)) or held[-1]
+    try:
+        fit(model(), LAYOUT, config=replace(RUN, max_steps=1, save_every=1, **engine), run_dir=folder / "run")
+    finally:
+        core._kept = keep
+    return {"held": [len(kept) for kept in held], "on": sorted({str(t.device) for kept in held for t in kept.values()})}
+
+
+def not_opened(engine, folder):
+    "The engine fails while it takes the model over."
+    import deepspeed
+    from torch.distributed import fsdp
+
+    m, was = model(), os.environ.pop("LOCAL_RANK", None)
+    before, kinds, start = dict(os.environ), [type(x) for x in m.modules()], flat(m)
+
+    def fails(*args, **kwargs):
+        raise AssertionError("not today")
+
+    kept = deepspeed.initialize, fsdp.fully_shard
+    deepspeed.initialize = fsdp.fully_shard = fails
+    try:
+        fit(m, LAYOUT, config=replace(RUN, **engine))
+        said = None
+    except AssertionError as e:
+        said = str(e)
+    finally:
+        deepspeed.initialize, fsdp.fully_shard = kept
+        changed = {k for k in ("LOCAL_RANK", *before) if os.environ.get(k) != before.get(k)}
+        os.environ.update({} if was is None else {"LOCAL_RANK": was})
+    return {"said": said, "changed": changed, "same": kinds == [type(x) for x in m.modules()] and torch.equal(flat(m), start)}
+
+
 CASES = [(losses, ENGINES), (untied, {"fsdp": 0, "zero3": 0}), (resumed, SHARDED), (refused, ENGINES), (not_finite, ENGINES),
          (offloaded, {"fsdp": 0, "zero1": 0, "zero2": 0, "zero3": 0}), (adapter, {"ddp": 0, "fsdp": 0, "zero2": 0, "zero3": 0}),
-         (low, {"ddp": 0, "fsdp": 0, "zero2": 0, "zero3": 0}), (lean, {"fsdp": 0, "zero3": 0}), (in_turn, {"ddp": 0})]
+         (low, {"ddp": 0, "fsdp": 0, "zero2": 0, "zero3": 0}), (lean, {"fsdp": 0, "zero3": 0}), (in_turn, {"ddp": 0}),
+         (kept_whole, {"fsdp": 0, "zero2": 0, "zero3": 0}), (not_opened, {"fsdp": 0, "zero2": 0})]
 
 
 def _worker(rank, folder):
@@ -318,6 +357,18 @@ def test_one_model_through_three_engines(found):
     for _ in range(3):
         fit(m, LAYOUT, config=replace(ONE, max_steps=2))
     near(found(in_turn, "ddp")["weights"], flat(m))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero2", "zero3"])
+def test_the_first_rank_alone_keeps_whole_tensors_for_a_checkpoint(found, name):
+    whole = len(list(model().parameters()))
+    assert found(kept_whole, name, 0) == {"held": [whole], "on": ["cpu"]}
+    assert found(kept_whole, name, 1) == {"held": [0], "on": []}
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero2"])
+def test_an_engine_that_fails_at_the_start_gives_the_model_back(found, name):
+    assert found(not_opened, name) == {"said": "not today", "changed": set(), "same": True}
 
 
 @pytest.mark.parametrize("wrong,said", [({"precision": "fp8"}, "its linear layers run under ddp"), ({"optimizer": "adamw_kahan"}, "rounds whole weights, not shards")])

@@ -606,7 +606,8 @@ def run_job(
     recipe, start = job.recipe, time.perf_counter()
     _check_monitor(job)
     # no rank need ever hold the whole model on its GPU: it is measured where it is trained
-    inside = not job.train and weights_in_shards(recipe.train)
+    done = resume and runs.trained_folder(resume)  # what is left is to measure and to report, on the whole model
+    inside = not done and not job.train and weights_in_shards(recipe.train)
     if not inside:
         job.model.to(device_of(recipe.train))
     steps = job.n_steps or total_steps(job.batches, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
@@ -629,7 +630,6 @@ def run_job(
             runs.save_base(run_dir, job.model, job.base_state, job.tokenizer)
         job.base_state = None
         results, found = runs.read_results(run_dir), {}
-        trained = resume and runs.trained_folder(run_dir)
 
         def look(when, run=lambda fn: fn(job.model)):
             "Measures and sample answers, before and after."
@@ -646,9 +646,9 @@ def run_job(
                 results.update(runs.update_results(run_dir, before=found["before"], answers_before=said, prompts=job.prompts,
                                                    references=job.references, seconds=seconds, **job.kept))
 
-        if not inside or trained:
+        if not inside:
             look("before")
-        if trained:
+        if done:
             _restore_trained(job, run_dir)
         else:
             with _watching(job.model.model if job.save else job.model, recipe) as watch:  # a reward model is a shell
