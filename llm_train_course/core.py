@@ -989,7 +989,7 @@ def _part_of(shard, full):
     shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
     return full[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
 
-
+# %% ../nbs/00_core.ipynb #9675a253
 def _whole(tensor, device):
     "All parts together, on every rank."
     tensor = tensor.detach()
@@ -1749,7 +1749,7 @@ def _refused(guard, loss, norm):
     why = getattr(why, "why", why) if why else None  # a `Verdict` counts its own updates: the row has the step of the run
     return why or (not (math.isfinite(loss) and math.isfinite(norm)) and f"loss {loss:.4g}, gradient norm {norm:.4g}")
 
-
+# %% ../nbs/00_core.ipynb #40918bf3
 def _undo(accelerator, model, engine, p, n_windows, began, guard, root, restore, every):
     "The progress to go on from, with everything as it was there: before this global batch, or `guard.rollback` steps ago."
     here, refused = [p.epoch, p.window], p.refused + 1

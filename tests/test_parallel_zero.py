@@ -538,7 +538,7 @@ def test_losses_of_deepspeed(ranks, stage):
 
 
 def half_saved(folder):
-    "Saves twice; the second time only one rank's part arrives. What loading it says."
+    "Saves twice; the second time rank 0 dies on the way. What loading says."
     model = torch.nn.Linear(5, 3)
     zero = ZeroAdamW(model, 1)
     zero.save(folder)
@@ -547,7 +547,7 @@ def half_saved(folder):
     assert index.exists()
     (zero_barrier := dist.barrier)()
     try:
-        if dist.get_rank() == 0:  # the second save dies here: as `save` begins, then one part
+        if dist.get_rank() == 0:  # the second save dies at its first barrier
             dist.barrier = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
             try:
                 zero.save(folder)
